@@ -1,0 +1,236 @@
+"""Parameter groups: what they hold, how they are made of a partition or of given group dicts, and how they are checked.
+
+Every group has the same keys: ``params``, ``param_names`` (as torch defines it; absent for explicit groups without
+names), ``stac_role``, ``rule``, ``layer_names``, ``layer_types``, and the hyper-parameters of all rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from stac_optimizer._layers import ROOT, Layers, STACLayer, find_layers
+from stac_optimizer._validation import warn
+from stac_optimizer.partition import STACPartition, split
+from stac_optimizer.rules import RULES, Group, hyperparameters
+from stac_optimizer.selectors import Selector
+
+__all__ = [
+    "ROLE_RULES",
+    "STRUCTURE_KEYS",
+    "TORCH_KEYS",
+    "build_groups",
+    "checked",
+    "named_parameters",
+    "partition_of",
+]
+
+ROLE_RULES = {"trunk": "sign_momentum", "cap": "adamw"}
+
+# Sign steps move every weight by the full lr, so a trunk takes a smaller one than the cap beside it.
+TRUNK_LR_RATIO = 0.75
+
+# What torch's learning-rate schedulers and weight averaging keep in groups.
+TORCH_KEYS = frozenset({"initial_lr", "min_lr", "max_lr", "base_momentum", "max_momentum", "swa_lr"})
+STRUCTURE_KEYS = frozenset({"params", "param_names", "stac_role", "rule", "layer_names", "layer_types"})
+
+
+def checked(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Hyper-parameters as plain Python values.
+
+    Args:
+        values: hyper-parameters by name; other keys are passed over.
+        where: what stands before each name in a message.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value out of range, or two that exclude each other.
+    """
+    known = hyperparameters()
+    result = {name: known[name].check(where + name, value) for name, value in values.items() if name in known}
+    if result.get("fused") and result.get("foreach"):
+        raise ValueError(f"{where}fused and {where}foreach exclude each other, got True for both")
+    if result.get("fused") and result.get("differentiable"):
+        raise ValueError(f"{where}fused and {where}differentiable exclude each other, got True for both")
+    if isinstance(result.get("lr"), Tensor) and result.get("foreach") and not result.get("capturable"):
+        raise ValueError(f"{where}lr as a tensor with {where}foreach=True needs {where}capturable=True, as in AdamW")
+    return result
+
+
+def build_groups(
+    params: nn.Module | Iterable[Any],
+    defaults: Mapping[str, Any],
+    own: Mapping[str, Mapping[str, Any]],
+    *,
+    last_n_layers: int,
+    cap: Selector | None,
+) -> list[dict[str, Any]]:
+    """The groups that STAC's arguments ask for: of a model one for each role that has layers, trunk first.
+
+    Args:
+        params: a module, named parameters, or group dicts.
+        defaults: the hyper-parameters that all groups share.
+        own: by role what it was given for itself; None where nothing was.
+        last_n_layers: see :func:`stac_optimizer.partition_trainable_layers`.
+        cap: likewise.
+    """
+    if isinstance(params, Tensor | str) or not isinstance(params, Iterable | nn.Module):
+        raise TypeError(f"params must be a module, named parameters or group dicts, got {type(params).__name__}")
+    given = params if isinstance(params, nn.Module) else list(params)
+    if isinstance(given, list) and given and isinstance(given[0], Mapping):
+        if cap is not None:
+            raise ValueError("cap chooses layers of a model; group dicts name their role by stac_role")
+        both = len({group.get("stac_role") for group in given if isinstance(group, Mapping)}) > 1
+        groups = _explicit_groups(given, _role_defaults(defaults, own, both))
+    else:
+        layers = find_layers(given)
+        partition = split(layers, last_n_layers=last_n_layers, cap=cap)
+        both = bool(partition.trunk_layers and partition.cap_layers)
+        groups = _partition_groups(partition, _role_defaults(defaults, own, both))
+        if defaults["trunk_momentum"] and not defaults["trunk_cautious"]:
+            _warn_of_embeddings(layers, partition)
+    _unshare_lr(groups)
+    return groups
+
+
+def _role_defaults(
+    defaults: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]], both: bool
+) -> dict[str, dict[str, Any]]:
+    """The defaults of each role: shared ones, its own where given, and the trunk's smaller lr beside a cap."""
+    result = {}
+    for role in ROLE_RULES:
+        known = hyperparameters()
+        given = {name: value for name, value in own[role].items() if value is not None}
+        result[role] = {**defaults, **{name: known[name].check(f"{role}_{name}", given[name]) for name in given}}
+    if both and own["trunk"]["lr"] is None:
+        result["trunk"]["lr"] = TRUNK_LR_RATIO * defaults["lr"]
+    return result
+
+
+def _unshare_lr(groups: Iterable[dict[str, Any]]) -> None:
+    """Give each group a tensor lr of its own: schedulers write into it in place, group by group."""
+    seen: set[int] = set()
+    for group in groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"] = group["lr"].clone() if id(group["lr"]) in seen else group["lr"]
+            seen.add(id(group["lr"]))
+
+
+def _warn_of_embeddings(layers: Layers, partition: STACPartition) -> None:
+    trunk = set(partition.trunk_layer_names)
+    found = [
+        layer.name
+        for layer, module in zip(layers.layers, layers.modules, strict=True)
+        if layer.name in trunk and isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+    ]
+    if found:
+        warn(
+            f"the trunk holds {', '.join(map(repr, found))}, an embedding: rows of tokens that are absent from a batch "
+            "keep moving by the full lr, for the sign of their gradient average outlives their gradient. Pass "
+            "trunk_cautious=True, or put embeddings in the cap with cap=last_layers(1) | embeddings()"
+        )
+
+
+def _partition_groups(
+    partition: STACPartition, role_defaults: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    groups = []
+    for role, layers in (("trunk", partition.trunk_layers), ("cap", partition.cap_layers)):
+        if layers:
+            named = [item for layer in layers for item in zip(layer.parameter_names, layer.parameters, strict=True)]
+            groups.append({"params": named, **_structure(role, ROLE_RULES[role], layers), **role_defaults[role]})
+    return groups
+
+
+def _explicit_groups(given: Iterable[Any], role_defaults: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Groups from dicts that name their ``stac_role``, in the order given.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a role or rule that does not exist, an unknown key, an empty group, a value out of range.
+    """
+    allowed = STRUCTURE_KEYS | TORCH_KEYS | set(hyperparameters())
+    groups = []
+    for index, group in enumerate(given):
+        where = f"group {index}: "
+        if not isinstance(group, Mapping):
+            raise TypeError(f"{where}expected a dict, as the first group is one, got {type(group).__name__}")
+        role = _one_of(where + "stac_role", group.get("stac_role"), ROLE_RULES)
+        rule = _one_of(where + "rule", group.get("rule", ROLE_RULES[role]), RULES)
+        unknown = [key for key in group if key not in allowed]
+        if unknown:
+            raise ValueError(f"{where}unknown key {unknown[0]!r}; allowed are {', '.join(sorted(allowed))}")
+        params = _given_params(group, where)
+        structure = {"params": params, **_structure(role, rule, _named_layers(params))}
+        kept = {key: group[key] for key in group if key in TORCH_KEYS}
+        groups.append({**structure, **kept, **checked({**role_defaults[role], **group}, where)})
+    return groups
+
+
+def _one_of(name: str, value: Any, allowed: Iterable[str]) -> str:
+    choices = tuple(allowed)
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return str(value)
+
+
+def _given_params(group: Mapping[str, Any], where: str) -> list[Any]:
+    """Parameters, or (name, parameter) pairs, of a given group."""
+    if "params" not in group:
+        raise ValueError(f"{where}params is missing")
+    params = group["params"]
+    params = [params] if isinstance(params, Tensor) else list(params)
+    if not params:
+        raise ValueError(f"{where}params must hold at least one parameter, got none")
+    names = group.get("param_names")
+    return list(zip(names, params, strict=True)) if names is not None else params
+
+
+def _named_layers(params: Iterable[Any]) -> list[STACLayer]:
+    """The layers that (name, parameter) pairs form, in order of appearance; none of parameters without names."""
+    members: dict[str, list[tuple[str, Tensor]]] = {}
+    for item in params:
+        if isinstance(item, tuple):
+            members.setdefault(item[0].rpartition(".")[0] or ROOT, []).append(item)
+    return [
+        STACLayer(name=name, parameter_names=names, parameters=parameters)
+        for name, (names, parameters) in ((name, zip(*named, strict=True)) for name, named in members.items())
+    ]
+
+
+def _structure(role: str, rule: str, layers: Iterable[STACLayer]) -> dict[str, Any]:
+    """What a group says of itself besides its parameters and hyper-parameters."""
+    names_and_types = [(layer.name, layer.type_name) for layer in layers]
+    return {
+        "stac_role": role,
+        "rule": rule,
+        "layer_names": tuple(name for name, _ in names_and_types),
+        "layer_types": tuple(type_name for _, type_name in names_and_types),
+    }
+
+
+def named_parameters(groups: Iterable[Group]) -> Iterator[tuple[str, Tensor, Group]]:
+    """Every parameter with a name to call it by, and its group."""
+    for index, group in enumerate(groups):
+        names = group.get("param_names") or [f"<group {index}>.{number}" for number in range(len(group["params"]))]
+        for name, param in zip(names, group["params"], strict=True):
+            yield name, param, group
+
+
+def partition_of(groups: Iterable[Group], nbytes: Callable[[Tensor, Group], int]) -> STACPartition:
+    """The partition that groups hold; ``nbytes`` tells the state bytes of one of their parameters."""
+    by_role: dict[str, list[STACLayer]] = {role: [] for role in ROLE_RULES}
+    for group in groups:
+        types = dict(zip(group["layer_names"], group["layer_types"], strict=True))
+        for layer in _named_layers([(name, param) for name, param, _ in named_parameters([group])]):
+            by_role[group["stac_role"]].append(
+                replace(
+                    layer,
+                    type_name=types.get(layer.name, ""),
+                    state_bytes=sum(nbytes(param, group) for param in layer.parameters),
+                )
+            )
+    return STACPartition(trunk_layers=tuple(by_role["trunk"]), cap_layers=tuple(by_role["cap"]))

@@ -1,0 +1,150 @@
+"""From a model, or its named parameters, to its layers. Knows neither roles nor optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+__all__ = ["Layers", "STACLayer", "find_layers"]
+
+ROOT = "<root>"
+
+# Names that torch.compile, activation checkpointing and FSDP put between a module and what they wrap.
+WRAPPED_NAMES = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+# These call it "module", as a user may: only under them it is a wrapper's name.
+WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class STACLayer:
+    """A module that directly owns trainable parameters.
+
+    Args:
+        name: its path in the model without the prefixes of wrappers; ``"<root>"`` for the model itself.
+        parameter_names: the full names of the parameters that it owns, in registration order.
+        parameters: those parameters.
+        type_name: the class name of the module; empty where only names were given.
+        state_bytes: bytes of optimizer state that these parameters have once they have stepped; None without optimizer.
+    """
+
+    name: str
+    parameter_names: tuple[str, ...]
+    parameters: tuple[Tensor, ...]
+    type_name: str = ""
+    state_bytes: int | None = None
+
+    @property
+    def numel(self) -> int:
+        """How many weights the layer owns."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layers:
+    """What selectors choose from: the layers in registration order, and what lies behind them.
+
+    Args:
+        layers: every layer.
+        modules: the module of each layer; None where only names were given.
+        ties: for each module whose trainable parameters all belong to earlier layers: (module, parameter, first owner).
+        trailing_ties: those of ``ties`` that come after the last layer.
+    """
+
+    layers: tuple[STACLayer, ...]
+    modules: tuple[nn.Module | None, ...]
+    ties: tuple[tuple[str, str, str], ...] = ()
+    trailing_ties: tuple[tuple[str, str, str], ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The layers' names."""
+        return tuple(layer.name for layer in self.layers)
+
+
+def find_layers(model: nn.Module | Iterable[tuple[str, Tensor]]) -> Layers:
+    """Find the layers of a model, in registration order.
+
+    Frozen parameters are left out. A shared parameter belongs to the first module that holds it.
+
+    Raises:
+        TypeError: ``model`` is neither a module nor an iterable of (name, parameter).
+        ValueError: nothing in it is trainable, a name stands twice, or a lazy parameter has no shape yet.
+    """
+    layers: list[STACLayer] = []
+    modules: list[nn.Module | None] = []
+    ties: list[tuple[str, str, str]] = []
+    trailing_ties: list[tuple[str, str, str]] = []
+    owners: dict[int, str] = {}
+    held = _held_by_module(model) if isinstance(model, nn.Module) else _held_by_name(model)
+    for name, module, named_parameters in held:
+        trainable = [(full_name, parameter) for full_name, parameter in named_parameters if parameter.requires_grad]
+        owned = [item for item in trainable if owners.setdefault(id(item[1]), item[0]) == item[0]]
+        if owned:
+            names, parameters = zip(*owned, strict=True)
+            type_name = type(module).__name__ if module is not None else ""
+            layers.append(STACLayer(name=name, parameter_names=names, parameters=parameters, type_name=type_name))
+            modules.append(module)
+            trailing_ties.clear()
+        elif trainable:
+            full_name, parameter = trainable[0]
+            ties.append((name, full_name, owners[id(parameter)]))
+            trailing_ties.append(ties[-1])
+    if not layers:
+        raise ValueError("model has no trainable parameters; at least one must have requires_grad=True")
+    return Layers(
+        layers=tuple(layers), modules=tuple(modules), ties=tuple(ties), trailing_ties=tuple(trailing_ties)
+    )
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _initialized(full_name: str, parameter: Tensor) -> Tensor:
+    if is_lazy(parameter):
+        raise ValueError(f"parameter {full_name!r} has no shape yet; run the model once before building the optimizer")
+    return parameter
+
+
+def _held_by_module(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[tuple[str, Tensor]]]]:
+    """Each module's clean path and the parameters that it holds itself."""
+    cleaned: dict[str, tuple[str, nn.Module]] = {}
+    for path, module in model.named_modules():
+        parent_path, _, own_name = path.rpartition(".")
+        clean = ""
+        if path:
+            clean_parent, parent = cleaned[parent_path]
+            is_wrapped = own_name in WRAPPED_NAMES or (own_name == "module" and isinstance(parent, WRAPPERS))
+            clean = clean_parent if is_wrapped else _join(clean_parent, own_name)
+        cleaned[path] = (clean, module)
+        held = module.named_parameters(recurse=False, remove_duplicate=False)
+        named = [(_join(clean, name), parameter) for name, parameter in held]
+        yield clean or ROOT, module, [(name, _initialized(name, parameter)) for name, parameter in named]
+
+
+def _held_by_name(named_parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, None, list[tuple[str, Tensor]]]]:
+    """The same from names alone. A leading "module" stays: a user's own submodule may have that name."""
+    held: dict[str, dict[str, Tensor]] = {}
+    for item in named_parameters:
+        if not (
+            isinstance(item, (tuple, list))
+            and len(item) == 2
+            and isinstance(item[0], str)
+            and isinstance(item[1], Tensor)
+        ):
+            raise TypeError(
+                "expected a module, or (name, parameter) pairs as model.named_parameters() gives, or group dicts with "
+                f"a stac_role, got an item of type {type(item).__name__}. Parameters without names do not tell which "
+                "layers they form: pass the model itself"
+            )
+        *path, own_name = (part for part in item[0].split(".") if part not in WRAPPED_NAMES)
+        layer = held.setdefault(".".join(path), {})
+        full_name = ".".join((*path, own_name))
+        if full_name in layer:
+            raise ValueError(f"params has the name {full_name!r} twice")
+        layer[full_name] = _initialized(full_name, item[1])
+    for name, parameters in held.items():
+        yield name or ROOT, None, list(parameters.items())

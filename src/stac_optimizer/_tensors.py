@@ -1,0 +1,160 @@
+"""What rules share about tensors: grouping, real views, arithmetic precision, blocks. The home of private torch names.
+
+Why each private name is used:
+
+- ``torch._foreach_*``: one call, and on CUDA a few launches, for a whole list of tensors. Every optimizer of
+  torch.optim is built from them; they have no public names.
+- ``_default_to_fused_or_foreach``: torch's own answer to "is foreach safe and faster for these tensors?", which rests
+  on lists of devices and tensor types that grow with its releases.
+- ``_get_capturable_supported_devices``, ``_get_fused_kernels_supported_devices``: the device lists that torch's AdamW
+  asserts in the middle of its update; here they are asked before anything has changed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import _default_to_fused_or_foreach, _get_capturable_supported_devices
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+
+__all__ = [
+    "LOW_PRECISION",
+    "are_finite",
+    "arithmetic_dtype",
+    "blocks",
+    "capturable_devices",
+    "count_step_",
+    "downcast",
+    "foreach_add_",
+    "foreach_downcast",
+    "foreach_mul_",
+    "foreach_neg",
+    "foreach_sign",
+    "foreach_sub",
+    "foreach_sub_",
+    "foreach_upcast",
+    "fused_devices",
+    "has_layout_of",
+    "indices_by_device_and_dtype",
+    "is_foreach_faster",
+    "real_view",
+    "upcast",
+]
+
+foreach_add_ = torch._foreach_add_
+foreach_mul_ = torch._foreach_mul_
+foreach_neg = torch._foreach_neg
+foreach_sign = torch._foreach_sign
+foreach_sub = torch._foreach_sub
+foreach_sub_ = torch._foreach_sub_
+capturable_devices = _get_capturable_supported_devices
+fused_devices = _get_fused_kernels_supported_devices
+
+# Elements of a block. The four tensors that a block works on (weight, gradient, average, one temporary) then stay in
+# the cache of a core or of its neighbours; smaller blocks pay more calls, larger ones trips to memory.
+BLOCK_NUMEL = 128 * 1024
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+def is_foreach_faster(tensors: Sequence[Tensor], *, differentiable: bool) -> bool:
+    """Whether torch would take its foreach path for these parameters by default."""
+    _, foreach = _default_to_fused_or_foreach(list(tensors), differentiable, use_fused=False)
+    return foreach
+
+
+def indices_by_device_and_dtype(tensorlists: Sequence[Sequence[Tensor]]) -> list[list[int]]:
+    """Group positions whose tensors, list for list, share device and dtype: what one foreach call can take."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for index, tensors in enumerate(zip(*tensorlists, strict=True)):
+        key = tuple((tensor.device, tensor.dtype) for tensor in tensors)
+        groups.setdefault(key, []).append(index)
+    return list(groups.values())
+
+
+def count_step_(steps: list[Tensor]) -> None:
+    """Add one to each counter. On the CPU a tensor addend is four times faster: a scalar is wrapped anew for each."""
+    if steps[0].is_cpu and not torch.compiler.is_compiling():
+        torch._foreach_add_(steps, torch.ones((), dtype=torch.float32), alpha=1)
+    else:
+        torch._foreach_add_(steps, 1)
+
+
+def are_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether no tensor holds NaN or infinity. The largest magnitude tells, and no sum can overflow on the way to it."""
+    held = [real_view(tensor) for tensor in tensors if tensor.numel()]
+    return not held or bool(torch.nn.utils.get_total_norm(held, norm_type=math.inf).isfinite())
+
+
+def real_view(tensor: Tensor) -> Tensor:
+    """A complex tensor as a view of real numbers, any other as it is."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+# Note [Low-precision arithmetic]
+# bfloat16 and float16 tensors are computed in float32 and rounded once, when the result is stored. In their own dtype
+# each operation rounds, and paths disagree: torch's foreach operations round a Python scalar to the dtype first,
+# its single-tensor operations do not.
+def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that tensors of this dtype are computed in (Note [Low-precision arithmetic])."""
+    return torch.float32 if dtype in LOW_PRECISION else dtype
+
+
+def upcast(tensor: Tensor) -> Tensor:
+    """The tensor itself, or a float32 copy of a low-precision one."""
+    return tensor.to(arithmetic_dtype(tensor.dtype))
+
+
+def downcast(result: Tensor, stored: Tensor) -> None:
+    """Round what was computed on an :func:`upcast` copy into the stored tensor."""
+    if result is not stored:
+        stored.copy_(result)
+
+
+def foreach_upcast(tensors: list[Tensor]) -> list[Tensor]:
+    """:func:`upcast` for a list of one dtype."""
+    if tensors[0].dtype not in LOW_PRECISION:
+        return tensors
+    results = [torch.empty_like(tensor, dtype=torch.float32) for tensor in tensors]
+    torch._foreach_copy_(results, tensors)
+    return results
+
+
+def foreach_downcast(results: list[Tensor], stored: list[Tensor]) -> None:
+    """:func:`downcast` for a list of one dtype."""
+    if results is not stored:
+        torch._foreach_copy_(stored, results)
+
+
+def has_layout_of(tensor: Tensor, other: Tensor) -> bool:
+    """Whether both fill their memory without gaps, element for element in the same order."""
+    return (
+        tensor.stride() == other.stride()
+        and tensor.shape == other.shape
+        and bool(torch.ops.aten.is_non_overlapping_and_dense(other))
+    )
+
+
+def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Cut large CPU tensors of one layout into cache-sized views, so that an update makes few trips to memory.
+
+    Everything else (small tensors, other devices, layouts with gaps) comes back whole, as does everything under
+    ``torch.compile``, which fuses the operations itself, and everything that is differentiated through.
+    """
+    first = tensors[0]
+    numel = first.numel()
+    if (
+        numel <= BLOCK_NUMEL
+        or first.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or not all(has_layout_of(tensor, first) for tensor in tensors)
+    ):
+        yield tensors
+        return
+    flat = [tensor.as_strided((numel,), (1,)) for tensor in tensors]
+    for start in range(0, numel, BLOCK_NUMEL):
+        yield tuple(tensor[start : start + BLOCK_NUMEL] for tensor in flat)

@@ -1,0 +1,111 @@
+"""One checker per kind of value, and the warning that points at the caller. Knows no optimizer.
+
+Each checker returns the value as plain Python (a NumPy float would keep a checkpoint from loading with
+``weights_only=True``) or raises: ``TypeError`` for a wrong type, ``ValueError`` for a value out of range. Every
+message holds the argument's name, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any
+
+from torch import Tensor
+
+__all__ = [
+    "Checker",
+    "boolean",
+    "count",
+    "learning_rate",
+    "non_negative",
+    "optional_boolean",
+    "pair_of_fractions",
+    "unit_fraction",
+    "warn",
+]
+
+Checker = Callable[[str, Any], Any]
+"""Takes an argument's name and value, returns the value as plain Python or raises."""
+
+
+def _real(name: str, value: Any, allowed: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}")
+    return float(value)
+
+
+def non_negative(name: str, value: Any) -> float:
+    """A finite float, 0 or more."""
+    allowed = "a finite number in [0, inf)"
+    number = _real(name, value, allowed)
+    if not 0.0 <= number < math.inf:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    return number
+
+
+def unit_fraction(name: str, value: Any) -> float:
+    """A float from 0 up to, not including, 1."""
+    allowed = "a number in [0, 1)"
+    number = _real(name, value, allowed)
+    if not 0.0 <= number < 1.0:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    return number
+
+
+def pair_of_fractions(name: str, value: Any) -> tuple[float, float]:
+    """Two floats, each from 0 up to, not including, 1. A list becomes a tuple."""
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(
+            f"{name} must be a tuple of two numbers in [0, 1), got {value!r} of type {type(value).__name__}"
+        )
+    if len(value) != 2:
+        raise ValueError(f"{name} must be a tuple of two numbers in [0, 1), got {value!r}")
+    return unit_fraction(f"{name}[0]", value[0]), unit_fraction(f"{name}[1]", value[1])
+
+
+def learning_rate(name: str, value: Any) -> float | Tensor:
+    """A finite number, 0 or more: a float, or a floating-point tensor of one element, returned as it is."""
+    if not isinstance(value, Tensor):
+        return non_negative(name, value)
+    if value.numel() != 1:
+        raise ValueError(f"{name} as a tensor must have one element, got shape {tuple(value.shape)}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} as a tensor must be of a floating-point dtype, got {value.dtype}")
+    non_negative(name, value.item())
+    return value
+
+
+def boolean(name: str, value: Any) -> bool:
+    """True or False, nothing that merely behaves like it."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
+    return value
+
+
+def optional_boolean(name: str, value: Any) -> bool | None:
+    """True, False, or None for "choose for me"."""
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"{name} must be True, False or None, got {value!r} of type {type(value).__name__}")
+    return value
+
+
+def count(name: str, value: Any, *, least: int = 0) -> int:
+    """An integer, ``least`` or more."""
+    allowed = f"an integer in [{least}, inf)"
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    return int(value)
+
+
+def warn(message: str) -> None:
+    """Warn as of the line, outside this package, that called into it."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(__package__):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level - 1)

@@ -1,0 +1,123 @@
+"""What is checked and upgraded before a checkpoint is loaded. Changes nothing itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stac_optimizer._groups import ROLE_RULES, STRUCTURE_KEYS, TORCH_KEYS, checked, named_parameters
+from stac_optimizer.rules import RULES, Group, hyperparameters
+
+__all__ = ["prepare"]
+
+# Groups of stac-optimizer 0.1.2 held these beside lr and weight_decay, which say the same.
+LEGACY_GROUP_KEYS = frozenset({"trunk_lr", "cap_lr", "trunk_weight_decay", "cap_weight_decay"})
+LEGACY_AVERAGE = "trunk_momentum_buffer"
+
+
+def prepare(
+    state_dict: Mapping[str, Any], param_groups: Sequence[Group]
+) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Any]]]:
+    """Check a state dict against the present groups and bring it into their form.
+
+    Args:
+        state_dict: what ``state_dict()`` returned, now or in stac-optimizer 0.1.2.
+        param_groups: the groups of the optimizer that is to load it.
+
+    Returns:
+        The groups to load, and the state of each parameter as fresh tensors on its device.
+
+    Raises:
+        TypeError: a hyper-parameter, or the state dict itself, of the wrong type.
+        ValueError: the first difference between the checkpoint and the groups, or a value out of range.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
+    if not {"state", "param_groups"} <= set(state_dict):
+        raise ValueError("state_dict must hold 'state' and 'param_groups', as optimizer.state_dict() returns")
+    groups, states = _upgraded(state_dict["param_groups"], state_dict["state"])
+    if len(groups) != len(param_groups):
+        raise ValueError(f"the checkpoint has {len(groups)} groups, this optimizer {len(param_groups)}")
+    loaded = [
+        _checked_group(saved, present, f"checkpoint group {index}: ")
+        for index, (saved, present) in enumerate(zip(groups, param_groups, strict=True))
+    ]
+    ids = [number for group in groups for number in group["params"]]
+    named = list(named_parameters(param_groups))
+    merged = [group for group in loaded for _ in group["params"]]
+    unknown = [number for number in states if number not in set(ids)]
+    if unknown:
+        raise ValueError(f"the checkpoint has state for {unknown[0]!r}, which is in none of its groups")
+    state = {
+        param: _checked_state(states[number], name, param, group)
+        for number, (name, param, _), group in zip(ids, named, merged, strict=True)
+        if number in states
+    }
+    return loaded, state
+
+
+def _upgraded(
+    groups: Sequence[Mapping[str, Any]], states: Mapping[Any, Mapping[str, Any]]
+) -> tuple[list[dict[str, Any]], dict[Any, dict[str, Any]]]:
+    """Copies of groups and states, those of 0.1.2 under their present keys. The trunk did not count its steps."""
+    new_groups = [{key: group[key] for key in group if key not in LEGACY_GROUP_KEYS} for group in groups]
+    steps = max((float(state["step"]) for state in states.values() if "step" in state), default=0.0)
+    new_states = {}
+    for number, state in states.items():
+        new_states[number] = dict(state)
+        if LEGACY_AVERAGE in state:
+            new_states[number]["exp_avg"] = new_states[number].pop(LEGACY_AVERAGE)
+            new_states[number].setdefault("step", steps)
+    return new_groups, new_states
+
+
+def _checked_group(saved: dict[str, Any], present: Group, where: str) -> dict[str, Any]:
+    """The saved group, completed by the present one where it lacks a key."""
+    if "params" not in saved:
+        raise ValueError(f"{where}params is missing")
+    fallback = {"rule": present["rule"], "param_names": present.get("param_names")}  # 0.1.2 did not save these
+    for key in ("stac_role", "rule", "layer_names", "param_names"):
+        _refuse_difference(where + key, saved.get(key, fallback.get(key)), present.get(key))
+    if len(saved["params"]) != len(present["params"]):
+        raise ValueError(f"{where}it has {len(saved['params'])} parameters, this optimizer's {len(present['params'])}")
+    unknown = [key for key in saved if key not in STRUCTURE_KEYS | TORCH_KEYS | set(hyperparameters()) | set(present)]
+    if unknown:
+        raise ValueError(f"{where}unknown key {unknown[0]!r}")
+    structure = {key: present[key] for key in STRUCTURE_KEYS if key in present and key != "params"}
+    merged = {**present, **saved, **structure}
+    return {**merged, **checked(merged, where)}
+
+
+def _refuse_difference(what: str, saved: Any, present: Any) -> None:
+    if isinstance(present, str) or not isinstance(saved, (tuple, list)):
+        if saved != present:
+            raise ValueError(f"{what} is {saved!r} in the checkpoint, {present!r} in this optimizer")
+        return
+    for index, (theirs, ours) in enumerate(zip(saved, present, strict=False)):
+        if theirs != ours:
+            raise ValueError(f"{what}[{index}] is {theirs!r} in the checkpoint, {ours!r} in this optimizer")
+    if len(saved) != len(present):
+        longer, whose = (saved, "only in the checkpoint") if len(saved) > len(present) else (present, "not in it")
+        raise ValueError(f"{what}: {longer[min(len(saved), len(present))]!r} is {whose}")
+
+
+def _checked_state(saved: Mapping[str, Any], name: str, param: Tensor, group: Group) -> dict[str, Any]:
+    """One parameter's state, copied to where it belongs. A key whose value is an empty dict counts as absent."""
+    declared = {tensor.key: tensor for tensor in RULES[group["rule"]].state_tensors(group)}
+    given = {key: value for key, value in saved.items() if not isinstance(value, Mapping)}
+    missing = [key for key in declared if key not in given]
+    if missing and float(given.get("step", 0)):
+        raise ValueError(f"the checkpoint's state of {name!r} lacks {missing[0]!r}")
+    state = {}
+    for key, value in given.items():
+        if key in declared and declared[key].counter:
+            state[key] = torch.tensor(float(value), dtype=torch.float32, device=declared[key].device(param, group))
+        elif not isinstance(value, Tensor) or value.shape != param.shape:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"the checkpoint's {key!r} of {name!r} has shape {shape}, the parameter {tuple(param.shape)}")
+        else:
+            state[key] = torch.empty_like(param, dtype=value.dtype, requires_grad=False).copy_(value.detach())
+    return state

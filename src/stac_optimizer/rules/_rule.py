@@ -1,0 +1,119 @@
+"""What a rule is: the mathematics of one update, with its hyper-parameters, its state and its paths.
+
+A rule holds no data. :class:`stac_optimizer.STAC` hands it one parameter group at a time; everything that changes an
+update stands in that group or in the state, so a checkpoint resumes bit for bit.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from stac_optimizer import _tensors
+from stac_optimizer._validation import Checker, boolean, learning_rate, non_negative, optional_boolean
+
+__all__ = ["COMMON_HYPERPARAMETERS", "Group", "Hyperparameter", "Rule", "StateTensor"]
+
+Group = Mapping[str, Any]
+"""One parameter group: hyper-parameters by name, plain Python values, lr possibly a tensor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hyperparameter:
+    """A group key that a rule reads.
+
+    Args:
+        default: its value where nobody gives one.
+        check: returns a given value as plain Python, or raises.
+    """
+
+    default: Any
+    check: Checker
+
+
+COMMON_HYPERPARAMETERS: Mapping[str, Hyperparameter] = {
+    "lr": Hyperparameter(default=1e-3, check=learning_rate),
+    "weight_decay": Hyperparameter(default=0.0, check=non_negative),
+    "maximize": Hyperparameter(default=False, check=boolean),
+    "error_if_nonfinite": Hyperparameter(default=False, check=boolean),
+    "foreach": Hyperparameter(default=None, check=optional_boolean),
+    "fused": Hyperparameter(default=None, check=optional_boolean),
+    "capturable": Hyperparameter(default=False, check=boolean),
+    "differentiable": Hyperparameter(default=False, check=boolean),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateTensor:
+    """Declares one state tensor of a parameter.
+
+    Args:
+        key: its key in ``optimizer.state[parameter]``, torch's own where the meaning is torch's.
+        counter: a 0-dim float32 count of steps; otherwise a tensor of the parameter's shape, dtype and layout.
+    """
+
+    key: str
+    counter: bool = False
+
+    def create(self, param: Tensor, group: Group) -> Tensor:
+        """Zeros, as declared. A counter lives on the CPU unless a kernel must read it (capturable or fused)."""
+        if self.counter:
+            return torch.zeros((), dtype=torch.float32, device=self.device(param, group))
+        return torch.zeros_like(param, memory_format=torch.preserve_format)
+
+    def device(self, param: Tensor, group: Group) -> torch.device:
+        """Where the tensor belongs."""
+        on_device = not self.counter or group["capturable"] or group["fused"]
+        return param.device if on_device else torch.device("cpu")
+
+    def nbytes(self, param: Tensor) -> int:
+        """Bytes once created."""
+        return 4 if self.counter else param.numel() * param.element_size()
+
+
+class Rule(ABC):
+    """One update rule. A subclass is stateless; ``RULES`` holds one instance of each by its ``name``."""
+
+    name: ClassVar[str]
+    """The group key ``rule`` holds it, so checkpoints do too: once released, never renamed."""
+
+    hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {}
+    """Group keys that the rule reads besides the common ones. One that another rule has too means the same there."""
+
+    paths: ClassVar[frozenset[str]] = frozenset({"single", "foreach"})
+    """The ways it can run: "single", "foreach", "fused"."""
+
+    @abstractmethod
+    def state_tensors(self, group: Group) -> tuple[StateTensor, ...]:
+        """The state that one parameter has under this group's hyper-parameters, counter first."""
+
+    @abstractmethod
+    def update(self, params: list[Tensor], grads: list[Tensor], states: Sequence[list[Tensor]], group: Group) -> None:
+        """Update parameters in place. ``states`` has one list for each of :meth:`state_tensors`, in that order.
+
+        Gradients are read-only. Called without gradient recording, unless the group is differentiable.
+        """
+
+    def refusal(self, param: Tensor, grad: Tensor, group: Group) -> str | None:
+        """Why this gradient cannot be applied, or None. Asked for every parameter before any of them changes."""
+        if grad.layout != torch.strided:
+            return f"has a gradient of layout {grad.layout}; make it dense, for embeddings with sparse=False"
+        return None
+
+    def advice(self, names: Sequence[str], params: Sequence[Tensor], group: Group) -> str | None:
+        """What the user should be warned of at construction, or None."""
+        return None
+
+    def path(self, params: Sequence[Tensor], group: Group) -> str:
+        """The path that the flags ask for; without flags the fastest safe one, as torch chooses."""
+        if group["fused"] and "fused" in self.paths:
+            return "fused"
+        foreach = group["foreach"]
+        if foreach is None:
+            foreach = _tensors.is_foreach_faster(params, differentiable=group["differentiable"])
+        return "foreach" if foreach else "single"

@@ -1,0 +1,111 @@
+"""The cap's rule, AdamW or AMSGrad: the state is declared here, the arithmetic is torch's functional entry.
+
+Decoupled Weight Decay Regularization (Loshchilov and Hutter), https://arxiv.org/abs/1711.05101, and On the Convergence
+of Adam and Beyond (Reddi et al.), https://openreview.net/forum?id=ryQu7f-RZ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from stac_optimizer import _tensors
+from stac_optimizer._validation import boolean, non_negative, pair_of_fractions
+from stac_optimizer.rules._rule import Group, Hyperparameter, Rule, StateTensor
+
+__all__ = ["AdamW"]
+
+
+class AdamW(Rule):
+    """``torch.optim.AdamW`` to the bit, on each of its paths.
+
+    State: ``step`` (0-dim float32), ``exp_avg`` and ``exp_avg_sq`` (as the parameter), with ``amsgrad`` also
+    ``max_exp_avg_sq``. One lr moves a weight by about lr.
+    """
+
+    name = "adamw"
+    hyperparameters = {
+        "betas": Hyperparameter(default=(0.9, 0.999), check=pair_of_fractions),
+        "eps": Hyperparameter(default=1e-8, check=non_negative),
+        "amsgrad": Hyperparameter(default=False, check=boolean),
+    }
+    paths = frozenset({"single", "foreach", "fused"})
+
+    def state_tensors(self, group: Group) -> tuple[StateTensor, ...]:
+        keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
+        return StateTensor(key="step", counter=True), *(StateTensor(key=key) for key in keys)
+
+    def refusal(self, param: Tensor, grad: Tensor, group: Group) -> str | None:
+        reason = super().refusal(param, grad, group)
+        if reason is not None:
+            return reason
+        if grad.dtype != param.dtype:
+            return f"is {param.dtype} and its gradient {grad.dtype}; AdamW needs one dtype"
+        device = param.device.type
+        if group["fused"] and not (device in _tensors.fused_devices() and param.is_floating_point()):
+            return f"is {param.dtype} on {device!r}, for which torch has no fused AdamW; use fused=False"
+        if group["capturable"] and not torch.compiler.is_compiling() and device not in _tensors.capturable_devices():
+            return f"is on {device!r}, which cannot be captured; use capturable=False"
+        return None
+
+    def update(self, params: list[Tensor], grads: list[Tensor], states: Sequence[list[Tensor]], group: Group) -> None:
+        if not group["fused"]:
+            return _adamw(params, grads, states, group, fused=group["fused"], foreach=group["foreach"])
+        # Note [Fused AdamW and layouts]
+        # torch's fused kernels walk memory, not indices: where the layouts of parameter, gradient and state differ they
+        # compute wrong values or write outside the parameter. Gradients are brought to the parameter's layout; a
+        # parameter with gaps in memory, such as a slice, takes the single-tensor path.
+        dense = [_tensors.has_layout_of(exp_avg, param) for param, exp_avg in zip(params, states[1], strict=True)]
+        for fused in (True, False):
+            chosen = [index for index, is_dense in enumerate(dense) if is_dense is fused]
+            if chosen:
+                _adamw(
+                    [params[i] for i in chosen],
+                    [_in_layout_of(params[i], grads[i]) if fused else grads[i] for i in chosen],
+                    [[tensors[i] for i in chosen] for tensors in states],
+                    group,
+                    fused=fused,
+                    foreach=False,
+                )
+        return None
+
+
+def _in_layout_of(param: Tensor, grad: Tensor) -> Tensor:
+    return grad if _tensors.has_layout_of(grad, param) else torch.empty_like(param).copy_(grad)
+
+
+def _adamw(
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: Sequence[list[Tensor]],
+    group: Group,
+    *,
+    fused: bool | None,
+    foreach: bool | None,
+) -> None:
+    steps, exp_avgs, exp_avg_sqs, *max_exp_avg_sqs = states
+    lr = group["lr"]
+    beta1, beta2 = group["betas"]
+    adamw(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        max_exp_avg_sqs[0] if max_exp_avg_sqs else [],
+        steps,
+        foreach=foreach,
+        capturable=group["capturable"],
+        differentiable=group["differentiable"],
+        fused=fused,
+        has_complex=any(param.is_complex() for param in params),
+        amsgrad=group["amsgrad"],
+        beta1=beta1,
+        beta2=beta2,
+        lr=lr.reshape(()) if isinstance(lr, Tensor) else lr,
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=group["maximize"],
+    )

@@ -1,0 +1,183 @@
+"""The trunk's rule: the sign of a gradient average, with decoupled weight decay. All its paths stand side by side.
+
+References: signSGD with Majority Vote (Bernstein et al.), https://arxiv.org/abs/1810.05291; Momentum Ensures
+Convergence of SIGNSGD under Weaker Assumptions (Sun et al., ICML 2023); the mask: Cautious Optimizers (Liang et al.),
+https://arxiv.org/abs/2411.16085.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stac_optimizer import _tensors
+from stac_optimizer._validation import boolean, unit_fraction
+from stac_optimizer.rules._rule import Group, Hyperparameter, Rule, StateTensor
+
+__all__ = ["SignMomentum"]
+
+# Liang et al. divide the masked step by the mean of the mask, floored by this.
+LEAST_AGREEMENT = 1e-3
+
+
+class SignMomentum(Rule):
+    r"""Moves each weight by exactly lr against the sign of a gradient average.
+
+    For parameter :math:`p`, gradient :math:`g` (negated under ``maximize``), average :math:`m` with :math:`m_0 = 0`, in
+    this order:
+
+    .. math::
+        p &\leftarrow p \cdot (1 - \text{lr} \cdot \text{weight\_decay}) \\
+        m &\leftarrow m + (1 - \mu)(g - m) \\
+        p &\leftarrow p - \text{lr} \cdot \operatorname{sign}(m)
+
+    ============================ =========================================================
+    paper                        here
+    ============================ =========================================================
+    :math:`\mu`                  ``trunk_momentum``; 0 takes :math:`m = g` and keeps no state
+    :math:`m`                    state ``exp_avg``, as the parameter
+    mask :math:`[m \cdot g > 0]` with ``trunk_cautious``: sign(m) becomes sign(m) · mask / max(mean(mask), 1e-3)
+    ============================ =========================================================
+
+    State: ``step`` (0-dim float32, a count that no arithmetic reads) and ``exp_avg``.
+    """
+
+    name = "sign_momentum"
+    hyperparameters = {
+        "trunk_momentum": Hyperparameter(default=0.9, check=unit_fraction),
+        "trunk_cautious": Hyperparameter(default=False, check=boolean),
+    }
+
+    def state_tensors(self, group: Group) -> tuple[StateTensor, ...]:
+        step = StateTensor(key="step", counter=True)
+        return (step, StateTensor(key="exp_avg")) if group["trunk_momentum"] else (step,)
+
+    def advice(self, names: Sequence[str], params: Sequence[Tensor], group: Group) -> str | None:
+        lr = float(group["lr"])
+        stuck = [name for name, param in zip(names, params, strict=True) if _is_step_lost(param, lr)]
+        if not stuck:
+            return None
+        return (
+            f"an lr of {lr:g} is less than half the spacing between neighbouring values for most weights of "
+            f"{', '.join(map(repr, stuck))}, so their steps round to nothing. Keep float32 weights (and compute under "
+            "torch.autocast), raise trunk_lr, or put these layers in the cap"
+        )
+
+    def update(self, params: list[Tensor], grads: list[Tensor], states: Sequence[list[Tensor]], group: Group) -> None:
+        steps, *averages = states
+        _tensors.count_step_(steps)
+        kernel = _multi_tensor_sign_momentum if self.path(params, group) == "foreach" else _single_tensor_sign_momentum
+        kernel([[_tensors.real_view(tensor) for tensor in tensors] for tensors in (params, grads, *averages)], group)
+
+
+def _is_step_lost(param: Tensor, lr: float) -> bool:
+    if param.dtype not in _tensors.LOW_PRECISION or param.is_meta or not param.numel() or not lr:
+        return False
+    weights = param.detach().float()
+    stays = ((weights - lr).to(param.dtype) == param) & ((weights + lr).to(param.dtype) == param)
+    return bool(stays.float().mean() > 0.5)
+
+
+# Note [Same operations on every path]
+# A difference in the last bit of m can flip a sign and so move a weight by 2 lr. So the paths run the same operations
+# in the same order, and each operation is a single correctly rounded one: m + (1 - mu)(g - m) is written out, not
+# lerp_, because a fused multiply-add rounds once where two operations round twice, and kernels differ in using it.
+# Low precision: see Note [Low-precision arithmetic]; the sign is that of m as stored.
+#
+# Note [Non-finite averages]
+# torch.sign(nan) is 0, which would freeze a weight for ever without a word. sign(m) + 0 * m is sign(m) for every finite
+# m, and NaN for NaN and infinity, so the weight shows what happened, as AdamW's would.
+
+
+def _coefficients(group: Group, device: torch.device) -> tuple[float | Tensor, float | Tensor | None]:
+    """The lr, and the factor that decays weights or None. A tensor lr stays one, so that a captured step sees changes."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        lr = lr.reshape(()).to(device)
+    return lr, 1 - lr * group["weight_decay"] if group["weight_decay"] else None
+
+
+def _mean_of_mask(masks: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The mean over all pieces of a tensor, floored. A count over a number: exact however the tensor is cut."""
+    agreeing = torch.stack([mask.count_nonzero() for mask in masks]).sum()
+    numel = sum(mask.numel() for mask in masks)
+    return (agreeing.to(_tensors.arithmetic_dtype(dtype)) / numel).clamp_(min=LEAST_AGREEMENT)
+
+
+def _mask(average: Tensor, grad: Tensor, group: Group) -> Tensor:
+    """[m * g > 0], by the signs, for the product may underflow. ``grad`` is as it came, not negated."""
+    product = torch.sign(average) * torch.sign(grad)
+    return product < 0 if group["maximize"] else product > 0
+
+
+def _single_tensor_sign_momentum(tensorlists: Sequence[Sequence[Tensor]], group: Group) -> None:
+    for tensors in zip(*tensorlists, strict=True):
+        pieces = list(_tensors.blocks(*tensors))
+        # Piece by piece, while each is in cache; but the mean of a mask is over all pieces, so it wants all averages.
+        for batch in [pieces] if group["trunk_cautious"] else [[piece] for piece in pieces]:
+            _update_pieces(batch, group)
+
+
+def _update_pieces(pieces: Sequence[Sequence[Tensor]], group: Group) -> None:
+    """Update one parameter, given as its pieces: (weight, gradient, average), without momentum (weight, gradient)."""
+    lr, decay_factor = _coefficients(group, pieces[0][0].device)
+    averages = [_average(grad, exp_avg, group) for _, grad, *exp_avg in pieces]
+    mean = None
+    if group["trunk_cautious"]:
+        masks = [_mask(average, grad, group) for average, (_, grad, *_) in zip(averages, pieces, strict=True)]
+        mean = _mean_of_mask(masks, averages[0].dtype)
+    for average, (param, grad, *_) in zip(averages, pieces, strict=True):
+        weight = _tensors.upcast(param)
+        if decay_factor is not None:
+            weight.mul_(decay_factor)
+        direction = _tensors.upcast(torch.sign(average).add_(average, alpha=0))  # Note [Non-finite averages]
+        if mean is not None:
+            direction.mul_(_mask(average, grad, group)).div_(mean)
+        weight.sub_(direction.mul_(lr))
+        _tensors.downcast(weight, param)
+
+
+def _average(grad: Tensor, exp_avg: Sequence[Tensor], group: Group) -> Tensor:
+    """Update the average, if there is one, and return it; without momentum it is the gradient."""
+    grad = -grad if group["maximize"] else grad
+    if not exp_avg:
+        return grad
+    average = _tensors.upcast(exp_avg[0])
+    average.add_((_tensors.upcast(grad) - average).mul_(1 - group["trunk_momentum"]))
+    _tensors.downcast(average, exp_avg[0])
+    return exp_avg[0]
+
+
+def _multi_tensor_sign_momentum(tensorlists: Sequence[Sequence[Tensor]], group: Group) -> None:
+    for indices in _tensors.indices_by_device_and_dtype(tensorlists):
+        params, grads, *exp_avgs = ([tensors[index] for index in indices] for tensors in tensorlists)
+        lr, decay_factor = _coefficients(group, params[0].device)
+        averages = _multi_tensor_average(grads, exp_avgs, group)
+        weights = _tensors.foreach_upcast(params)
+        if decay_factor is not None:
+            _tensors.foreach_mul_(weights, decay_factor)
+        directions = _tensors.foreach_sign(averages)
+        _tensors.foreach_add_(directions, averages, alpha=0)  # Note [Non-finite averages]
+        directions = _tensors.foreach_upcast(directions)
+        if group["trunk_cautious"]:
+            for direction, average, grad in zip(directions, averages, grads, strict=True):
+                mask = _mask(average, grad, group)
+                direction.mul_(mask).div_(_mean_of_mask([mask], average.dtype))
+        _tensors.foreach_mul_(directions, lr)
+        _tensors.foreach_sub_(weights, directions)
+        _tensors.foreach_downcast(weights, params)
+
+
+def _multi_tensor_average(grads: list[Tensor], exp_avgs: Sequence[list[Tensor]], group: Group) -> list[Tensor]:
+    """:func:`_average` for lists of one device and dtype."""
+    grads = _tensors.foreach_neg(grads) if group["maximize"] else grads
+    if not exp_avgs:
+        return grads
+    averages = _tensors.foreach_upcast(exp_avgs[0])
+    differences = _tensors.foreach_sub(_tensors.foreach_upcast(grads), averages)
+    _tensors.foreach_mul_(differences, 1 - group["trunk_momentum"])
+    _tensors.foreach_add_(averages, differences)
+    _tensors.foreach_downcast(averages, exp_avgs[0])
+    return exp_avgs[0]

@@ -1,0 +1,309 @@
+"""STAC: arguments to partition to groups, and the step: check, gather, dispatch. No arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from stac_optimizer import checkpoint
+from stac_optimizer._groups import build_groups, checked, named_parameters, partition_of
+from stac_optimizer._tensors import are_finite
+from stac_optimizer._validation import warn
+from stac_optimizer.partition import STACPartition
+from stac_optimizer.rules import RULES, Group, hyperparameters
+from stac_optimizer.selectors import Selector
+
+__all__ = ["STAC"]
+
+
+class STAC(Optimizer):
+    r"""Sign trunk, AdamW cap: one optimizer for a whole model.
+
+    The last layers (the *cap*) get AdamW or AMSGrad, to the bit as ``torch.optim.AdamW``; all earlier layers (the
+    *trunk*) get the sign of a gradient average, which needs one state tensor instead of two.
+
+    Trunk, for gradient :math:`g` (negated under ``maximize``) and momentum :math:`\mu`, in this order:
+
+    .. math::
+        p &\leftarrow p \cdot (1 - \text{lr} \cdot \text{weight\_decay}) \\
+        m &\leftarrow m + (1 - \mu)(g - m), \quad m_0 = 0 \\
+        p &\leftarrow p - \text{lr} \cdot \operatorname{sign}(m)
+
+    One step moves a trunk weight by exactly lr, and a cap weight by about lr. bfloat16 and float16 trunk weights are
+    computed in float32 and rounded once.
+
+    Args:
+        params: what to optimize, one of
+
+            - a module;
+            - (name, parameter) pairs as ``model.named_parameters()`` gives, split exactly as the module would be;
+            - group dicts, each with ``params`` (parameters, or pairs), an explicit ``stac_role`` of ``"trunk"`` or
+              ``"cap"``, and any hyper-parameters of its own (``lr``, ``weight_decay``, ``trunk_momentum``, ...).
+        lr: shared base learning rate in [0, inf); float or one-element tensor.
+        last_n_layers: how many final trainable layers form the cap, 0 or more; 0: all trunk; more than there are: all
+            cap.
+        cap: a selector of the cap's layers, which replaces ``last_n_layers``; see :mod:`stac_optimizer.selectors`.
+        trunk_lr: the trunk's learning rate. None: ``0.75 * lr`` when both roles have layers, else ``lr``.
+        cap_lr: the cap's learning rate. None: ``lr``.
+        trunk_momentum: factor of the gradient average in [0, 1); 0: plain signSGD without trunk state.
+        trunk_cautious: move a trunk weight only where sign(m) agrees with the sign of the present gradient, and divide
+            the step by the share of such weights in the tensor, floored at 1e-3.
+        weight_decay: decoupled weight decay in [0, inf), multiplied by the role's learning rate.
+        trunk_weight_decay: the trunk's; None: ``weight_decay``.
+        cap_weight_decay: the cap's; None: ``weight_decay``.
+        betas: the cap's factors of the averages of gradient and squared gradient, each in [0, 1).
+        eps: added to the cap's denominator, in [0, inf).
+        amsgrad: whether the cap uses the maximum of the averages of the squared gradient.
+        maximize: ascend instead of descend.
+        error_if_nonfinite: raise before anything changes when a gradient holds NaN or infinity; it costs one pass over
+            the gradients and one synchronization a step. Otherwise the weight becomes NaN, as AdamW's would. Under a
+            GradScaler, which skips such steps itself, it has nothing to do.
+        foreach: update lists of tensors at once. None: where torch would, that is on CUDA.
+        fused: give the cap torch's fused kernel. The trunk takes its best path without one. Excludes ``foreach`` and
+            ``differentiable``. With ``fused=True`` a GradScaler hands over its scale instead of unscaling gradients.
+        capturable: keep step counters on the device, so that a CUDA graph can capture the step.
+        differentiable: record the step for autograd.
+
+    ============ ================== ================== ======================= ==========================================
+    role         key                shape              dtype                   present
+    ============ ================== ================== ======================= ==========================================
+    trunk, cap   ``step``           ``()``             float32                 always; on the CPU unless capturable, fused
+    trunk        ``exp_avg``        the parameter's    the parameter's         unless ``trunk_momentum`` is 0
+    cap          ``exp_avg``        the parameter's    the parameter's         always
+    cap          ``exp_avg_sq``     the parameter's    the parameter's         always
+    cap          ``max_exp_avg_sq`` the parameter's    the parameter's         with ``amsgrad``
+    ============ ================== ================== ======================= ==========================================
+
+    A parameter that never had a gradient has ``step`` alone.
+
+    Schedulers move ``lr`` of every group. Those that cycle momentum (OneCycleLR, CyclicLR) move the first of ``betas``,
+    which the cap reads; ``trunk_momentum`` stays.
+
+    Raises:
+        TypeError: an argument of the wrong type, or parameters without names or roles.
+        ValueError: an argument out of range, nothing to train, a selector that matches nothing, an unknown group key.
+        RuntimeError: from :meth:`step`, before anything has changed: a sparse gradient, a non-finite one under
+            ``error_if_nonfinite``, one that the cap's AdamW cannot apply. From :meth:`add_param_group`, always.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from stac_optimizer import STAC
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+        >>> optimizer = STAC(model, lr=1e-3, weight_decay=1e-2)
+        >>> optimizer.partition.trunk_layer_names, optimizer.partition.cap_layer_names
+        (('0',), ('2',))
+        >>> loss = model(torch.ones(2, 4)).square().mean()
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> optimizer.zero_grad()
+
+    References:
+        signSGD with Majority Vote, https://arxiv.org/abs/1810.05291; Momentum Ensures Convergence of SIGNSGD under
+        Weaker Assumptions (ICML 2023); Decoupled Weight Decay Regularization, https://arxiv.org/abs/1711.05101;
+        Cautious Optimizers, https://arxiv.org/abs/2411.16085.
+    """
+
+    _accepts_groups = False
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[tuple[str, Tensor]] | Iterable[Mapping[str, Any]],
+        lr: float | Tensor = 1e-3,
+        *,
+        last_n_layers: int = 1,
+        cap: Selector | None = None,
+        trunk_lr: float | Tensor | None = None,
+        cap_lr: float | Tensor | None = None,
+        trunk_momentum: float = 0.9,
+        trunk_cautious: bool = False,
+        weight_decay: float = 0.0,
+        trunk_weight_decay: float | None = None,
+        cap_weight_decay: float | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        amsgrad: bool = False,
+        maximize: bool = False,
+        error_if_nonfinite: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        shared = {
+            "lr": lr,
+            "trunk_momentum": trunk_momentum,
+            "trunk_cautious": trunk_cautious,
+            "weight_decay": weight_decay,
+            "betas": betas,
+            "eps": eps,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "error_if_nonfinite": error_if_nonfinite,
+            "foreach": foreach,
+            "fused": fused,
+            "capturable": capturable,
+            "differentiable": differentiable,
+        }
+        defaults = {name: known.default for name, known in hyperparameters().items()} | checked(shared)
+        own = {
+            "trunk": {"lr": trunk_lr, "weight_decay": trunk_weight_decay},
+            "cap": {"lr": cap_lr, "weight_decay": cap_weight_decay},
+        }
+        groups = build_groups(params, defaults, own, last_n_layers=last_n_layers, cap=cap)
+        self._accepts_groups = True
+        super().__init__(groups, defaults)
+        del self._accepts_groups
+        for group in self.param_groups:
+            names = [name for name, _, _ in named_parameters([group])]
+            advice = RULES[group["rule"]].advice(names, group["params"], group)
+            if advice is not None:
+                warn(f"{group['stac_role']}: {advice}")
+
+    @property
+    def partition(self) -> STACPartition:
+        """The layers of trunk and cap, with the bytes of their state; ``print`` shows them as a table."""
+        return partition_of(self.param_groups, self._state_nbytes)
+
+    def _state_nbytes(self, param: Tensor, group: Group) -> int:
+        state = self.state.get(param, {})
+        return sum(
+            state[tensor.key].nbytes if tensor.key in state else tensor.nbytes(param)
+            for tensor in RULES[group["rule"]].state_tensors(group)
+        )
+
+    # Found by torch.amp.GradScaler, which then leaves gradients scaled and sets grad_scale and found_inf for the step.
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        return all(group["fused"] for group in self.param_groups)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: the split comes from the model, so a new one is made from it.
+
+        Raises:
+            RuntimeError: always, once the optimizer stands.
+        """
+        if not self._accepts_groups:
+            raise RuntimeError(
+                "STAC takes no further groups, for the split comes from the model; build a new optimizer from the "
+                "model, or give all groups, each with its stac_role, at construction"
+            )
+        super().add_param_group(param_group)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss anew; called once, with gradients enabled.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            RuntimeError: a gradient that cannot be applied. Parameters and state are as before.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is None:
+            self._check_finite()
+        elif found_inf.item():
+            return loss
+        self._check_gradients()
+        gathered = []
+        for group in self.param_groups:
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            states: list[list[Tensor]] = [[] for _ in RULES[group["rule"]].state_tensors(group)]
+            self._init_group(group, params, grads, *states)
+            gathered.append((group, params, grads, states))
+        for group, params, grads, states in gathered:
+            if params:
+                with torch.set_grad_enabled(group["differentiable"]):
+                    RULES[group["rule"]].update(params, self._unscaled(grads), states, group)
+        return loss
+
+    def _check_gradients(self) -> None:
+        for name, param, group in named_parameters(self.param_groups):
+            if param.grad is not None:
+                reason = RULES[group["rule"]].refusal(param, param.grad, group)
+                if reason is not None:
+                    raise RuntimeError(f"{name!r} ({group['stac_role']}) {reason}. Nothing was changed")
+
+    def _check_finite(self) -> None:
+        held = [
+            (name, group["stac_role"], param.grad)
+            for name, param, group in named_parameters(self.param_groups)
+            if group["error_if_nonfinite"] and param.grad is not None
+        ]
+        if not are_finite([grad for _, _, grad in held]):
+            name, role = next((name, role) for name, role, grad in held if not are_finite([grad]))
+            raise RuntimeError(
+                f"the gradient of {name!r} ({role}) holds NaN or infinity. Nothing was changed; skip this batch, lower "
+                "the lr or clip gradients, or pass error_if_nonfinite=False to let the weight become NaN"
+            )
+
+    def _init_group(self, group: Group, params: list[Tensor], grads: list[Tensor], *states: list[Tensor]) -> None:
+        """Gather what has a gradient, and create its state. torch.compile knows this name and runs it untraced."""
+        tensors = RULES[group["rule"]].state_tensors(group)
+        for param in group["params"]:
+            state = self.state[param]
+            # Without a gradient the counter alone: strict loading of distributed checkpoints wants state of every one.
+            for tensor in tensors if param.grad is not None else tensors[:1]:
+                if tensor.key not in state:
+                    state[tensor.key] = tensor.create(param, group)
+            if param.grad is not None:
+                params.append(param)
+                grads.append(param.grad)
+                for held, tensor in zip(states, tensors, strict=True):
+                    held.append(state[tensor.key])
+
+    def _unscaled(self, grads: list[Tensor]) -> list[Tensor]:
+        """Gradients divided by a GradScaler's scale, where it left that to the step; as copies, they are read-only."""
+        scale: Tensor | None = getattr(self, "grad_scale", None)
+        return grads if scale is None else [grad / scale.to(grad.device) for grad in grads]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned, or a checkpoint of stac-optimizer 0.1.2.
+
+        All is checked first: roles, layer names, parameter names, shapes, hyper-parameters. State keeps the dtype that
+        it was saved in, and is copied.
+
+        Raises:
+            TypeError: a hyper-parameter of the wrong type.
+            ValueError: the checkpoint belongs to another model or split; the message names the first difference. The
+                optimizer is as before.
+        """
+        state: dict[Tensor, dict[str, Any]] = {}
+
+        def check(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
+            groups, loaded = checkpoint.prepare(incoming, self.param_groups)
+            state.update(loaded)
+            return {"state": {}, "param_groups": groups}
+
+        def fill(_: Optimizer) -> None:
+            self.state.update(state)
+
+        # As hooks, to stand after the user's own pre-hooks and before the post-hooks. torch itself gets no state, for
+        # it would cast that to the parameters' dtype.
+        handles = (
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(fill, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
