@@ -134,9 +134,7 @@ def _warn_of_embeddings(layers: Layers, partition: STACPartition) -> None:
         )
 
 
-def _partition_groups(
-    partition: STACPartition, role_defaults: Mapping[str, Mapping[str, Any]]
-) -> list[dict[str, Any]]:
+def _partition_groups(partition: STACPartition, role_defaults: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     groups = []
     for role, layers in (("trunk", partition.trunk_layers), ("cap", partition.cap_layers)):
         if layers:

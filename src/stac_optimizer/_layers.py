@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -94,9 +95,7 @@ def find_layers(model: nn.Module | Iterable[tuple[str, Tensor]]) -> Layers:
             trailing_ties.append(ties[-1])
     if not layers:
         raise ValueError("model has no trainable parameters; at least one must have requires_grad=True")
-    return Layers(
-        layers=tuple(layers), modules=tuple(modules), ties=tuple(ties), trailing_ties=tuple(trailing_ties)
-    )
+    return Layers(layers=tuple(layers), modules=tuple(modules), ties=tuple(ties), trailing_ties=tuple(trailing_ties))
 
 
 def _join(path: str, name: str) -> str:
@@ -125,7 +124,7 @@ def _held_by_module(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[tup
         yield clean or ROOT, module, [(name, _initialized(name, parameter)) for name, parameter in named]
 
 
-def _held_by_name(named_parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, None, list[tuple[str, Tensor]]]]:
+def _held_by_name(named_parameters: Iterable[Any]) -> Iterator[tuple[str, None, list[tuple[str, Tensor]]]]:
     """The same from names alone. A leading "module" stays: a user's own submodule may have that name."""
     held: dict[str, dict[str, Tensor]] = {}
     for item in named_parameters:

@@ -84,7 +84,7 @@ def count_step_(steps: list[Tensor]) -> None:
 
 
 def are_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether no tensor holds NaN or infinity. The largest magnitude tells, and no sum can overflow on the way to it."""
+    """Whether no tensor holds NaN or infinity. The largest magnitude tells, and unlike a sum it cannot overflow."""
     held = [real_view(tensor) for tensor in tensors if tensor.numel()]
     return not held or bool(torch.nn.utils.get_total_norm(held, norm_type=math.inf).isfinite())
 

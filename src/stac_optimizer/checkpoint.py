@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stac_optimizer._groups import ROLE_RULES, STRUCTURE_KEYS, TORCH_KEYS, checked, named_parameters
+from stac_optimizer._groups import STRUCTURE_KEYS, TORCH_KEYS, checked, named_parameters
 from stac_optimizer.rules import RULES, Group, hyperparameters
 
 __all__ = ["prepare"]
@@ -117,7 +117,9 @@ def _checked_state(saved: Mapping[str, Any], name: str, param: Tensor, group: Gr
             state[key] = torch.tensor(float(value), dtype=torch.float32, device=declared[key].device(param, group))
         elif not isinstance(value, Tensor) or value.shape != param.shape:
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"the checkpoint's {key!r} of {name!r} has shape {shape}, the parameter {tuple(param.shape)}")
+            raise ValueError(
+                f"the checkpoint's {key!r} of {name!r} has shape {shape}, the parameter {tuple(param.shape)}"
+            )
         else:
             state[key] = torch.empty_like(param, dtype=value.dtype, requires_grad=False).copy_(value.detach())
     return state

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -50,14 +50,16 @@ class STACPartition:
         """A table: a line for each layer, a total for each role and for both.
 
         ``state bytes`` is what the optimizer keeps once every parameter has stepped ("-" where no optimizer was asked),
-        ``AdamW`` what ``torch.optim.AdamW`` would keep.
+        ``AdamW bytes`` what ``torch.optim.AdamW`` would keep.
         """
         roles = (("trunk", self.trunk_layers), ("cap", self.cap_layers))
         every_layer = (*self.trunk_layers, *self.cap_layers)
         numel = sum(layer.numel for layer in every_layer)
-        header = ("layer", "type", "role", "parameters", "share", "state bytes", "AdamW")
+        header = ("layer", "type", "role", "parameters", "share", "state bytes", "AdamW bytes")
         rows = [
-            (layer.name, layer.type_name or "-", role, *_amounts([layer], numel)) for role, layers in roles for layer in layers
+            (layer.name, layer.type_name or "-", role, *_amounts([layer], numel))
+            for role, layers in roles
+            for layer in layers
         ]
         totals = [(_layer_count(layers), "", role, *_amounts(layers, numel)) for role, layers in roles]
         totals.append((_layer_count(every_layer), "", "all", *_amounts(every_layer, numel)))
@@ -84,7 +86,7 @@ def _amounts(layers: Iterable[STACLayer], total: int) -> tuple[str, str, str, st
     )
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]], totals: list[tuple[str, ...]]) -> str:
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]], totals: Sequence[tuple[str, ...]]) -> str:
     """Columns as wide as their widest cell: the first three are words, to the left, the others numbers."""
     widths = [max(map(len, column)) for column in zip(header, *rows, *totals, strict=True)]
 
@@ -103,7 +105,9 @@ def split(layers: Layers, *, last_n_layers: int = 1, cap: Selector | None = None
     """Split layers that were found already; the arguments are those of :func:`partition_trainable_layers`."""
     last_n_layers = count("last_n_layers", last_n_layers)
     if cap is not None and not isinstance(cap, Selector):
-        raise TypeError(f"cap must be a selector, such as named('lm_head'), or None, got {cap!r} of type {type(cap).__name__}")
+        raise TypeError(
+            f"cap must be a selector, such as named('lm_head'), or None, got {cap!r} of type {type(cap).__name__}"
+        )
     if cap is None and last_n_layers:
         cap = last_layers(last_n_layers)
     chosen = cap.select(layers) if cap is not None else frozenset()

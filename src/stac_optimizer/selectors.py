@@ -102,7 +102,7 @@ def _by_module(description: str, is_chosen: Callable[[nn.Module], bool]) -> Sele
 def of_type(*types: type[nn.Module]) -> Selector:
     """Layers that are instances of any of these module classes."""
     for module_type in types:
-        if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
+        if not isinstance(module_type, type) or not issubclass(module_type, nn.Module):
             raise TypeError(f"of_type takes module classes, such as nn.LayerNorm, got {module_type!r}")
     if not types:
         raise ValueError("of_type takes at least one module class")

@@ -68,15 +68,15 @@ class STAC(Optimizer):
         capturable: keep step counters on the device, so that a CUDA graph can capture the step.
         differentiable: record the step for autograd.
 
-    ============ ================== ================== ======================= ==========================================
-    role         key                shape              dtype                   present
-    ============ ================== ================== ======================= ==========================================
-    trunk, cap   ``step``           ``()``             float32                 always; on the CPU unless capturable, fused
-    trunk        ``exp_avg``        the parameter's    the parameter's         unless ``trunk_momentum`` is 0
-    cap          ``exp_avg``        the parameter's    the parameter's         always
-    cap          ``exp_avg_sq``     the parameter's    the parameter's         always
-    cap          ``max_exp_avg_sq`` the parameter's    the parameter's         with ``amsgrad``
-    ============ ================== ================== ======================= ==========================================
+    =========  ==================  =======  ===========  ===========================================
+    role       key                 shape    dtype        present
+    =========  ==================  =======  ===========  ===========================================
+    both       ``step``            ``()``   float32      always; on the CPU unless capturable, fused
+    trunk      ``exp_avg``         weight   weight       unless ``trunk_momentum`` is 0
+    cap        ``exp_avg``         weight   weight       always
+    cap        ``exp_avg_sq``      weight   weight       always
+    cap        ``max_exp_avg_sq``  weight   weight       with ``amsgrad``
+    =========  ==================  =======  ===========  ===========================================
 
     A parameter that never had a gradient has ``step`` alone.
 

@@ -6,7 +6,8 @@ of Adam and Beyond (Reddi et al.), https://openreview.net/forum?id=ryQu7f-RZ.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class AdamW(Rule):
     """
 
     name = "adamw"
-    hyperparameters = {
+    hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {
         "betas": Hyperparameter(default=(0.9, 0.999), check=pair_of_fractions),
         "eps": Hyperparameter(default=1e-8, check=non_negative),
         "amsgrad": Hyperparameter(default=False, check=boolean),
@@ -35,10 +36,12 @@ class AdamW(Rule):
     paths = frozenset({"single", "foreach", "fused"})
 
     def state_tensors(self, group: Group) -> tuple[StateTensor, ...]:
+        """The counter and two averages, three tensors under ``amsgrad``."""
         keys = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if group["amsgrad"] else ("exp_avg", "exp_avg_sq")
         return StateTensor(key="step", counter=True), *(StateTensor(key=key) for key in keys)
 
     def refusal(self, param: Tensor, grad: Tensor, group: Group) -> str | None:
+        """What torch's AdamW would find out in the middle of its update."""
         reason = super().refusal(param, grad, group)
         if reason is not None:
             return reason
@@ -52,8 +55,10 @@ class AdamW(Rule):
         return None
 
     def update(self, params: list[Tensor], grads: list[Tensor], states: Sequence[list[Tensor]], group: Group) -> None:
+        """Call torch, on the path that the flags ask for."""
         if not group["fused"]:
-            return _adamw(params, grads, states, group, fused=group["fused"], foreach=group["foreach"])
+            _adamw(params, grads, states, group, fused=group["fused"], foreach=group["foreach"])
+            return
         # Note [Fused AdamW and layouts]
         # torch's fused kernels walk memory, not indices: where the layouts of parameter, gradient and state differ they
         # compute wrong values or write outside the parameter. Gradients are brought to the parameter's layout; a
@@ -70,7 +75,6 @@ class AdamW(Rule):
                     fused=fused,
                     foreach=False,
                 )
-        return None
 
 
 def _in_layout_of(param: Tensor, grad: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ https://arxiv.org/abs/2411.16085.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -45,16 +46,18 @@ class SignMomentum(Rule):
     """
 
     name = "sign_momentum"
-    hyperparameters = {
+    hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {
         "trunk_momentum": Hyperparameter(default=0.9, check=unit_fraction),
         "trunk_cautious": Hyperparameter(default=False, check=boolean),
     }
 
     def state_tensors(self, group: Group) -> tuple[StateTensor, ...]:
+        """The counter, and with momentum the average."""
         step = StateTensor(key="step", counter=True)
         return (step, StateTensor(key="exp_avg")) if group["trunk_momentum"] else (step,)
 
     def advice(self, names: Sequence[str], params: Sequence[Tensor], group: Group) -> str | None:
+        """Warn of low-precision weights that the lr cannot move."""
         lr = float(group["lr"])
         stuck = [name for name, param in zip(names, params, strict=True) if _is_step_lost(param, lr)]
         if not stuck:
@@ -66,6 +69,7 @@ class SignMomentum(Rule):
         )
 
     def update(self, params: list[Tensor], grads: list[Tensor], states: Sequence[list[Tensor]], group: Group) -> None:
+        """Count the step and run the kernel of the path that the flags ask for."""
         steps, *averages = states
         _tensors.count_step_(steps)
         kernel = _multi_tensor_sign_momentum if self.path(params, group) == "foreach" else _single_tensor_sign_momentum
@@ -92,7 +96,7 @@ def _is_step_lost(param: Tensor, lr: float) -> bool:
 
 
 def _coefficients(group: Group, device: torch.device) -> tuple[float | Tensor, float | Tensor | None]:
-    """The lr, and the factor that decays weights or None. A tensor lr stays one, so that a captured step sees changes."""
+    """The lr, and the factor that decays weights or None. A tensor lr stays one: a captured step then sees changes."""
     lr = group["lr"]
     if isinstance(lr, Tensor):
         lr = lr.reshape(()).to(device)
@@ -152,13 +156,13 @@ def _average(grad: Tensor, exp_avg: Sequence[Tensor], group: Group) -> Tensor:
 
 def _multi_tensor_sign_momentum(tensorlists: Sequence[Sequence[Tensor]], group: Group) -> None:
     for indices in _tensors.indices_by_device_and_dtype(tensorlists):
-        params, grads, *exp_avgs = ([tensors[index] for index in indices] for tensors in tensorlists)
+        params, grads, *exp_avgs = [[tensors[index] for index in indices] for tensors in tensorlists]
         lr, decay_factor = _coefficients(group, params[0].device)
         averages = _multi_tensor_average(grads, exp_avgs, group)
         weights = _tensors.foreach_upcast(params)
         if decay_factor is not None:
             _tensors.foreach_mul_(weights, decay_factor)
-        directions = _tensors.foreach_sign(averages)
+        directions = list(_tensors.foreach_sign(averages))
         _tensors.foreach_add_(directions, averages, alpha=0)  # Note [Non-finite averages]
         directions = _tensors.foreach_upcast(directions)
         if group["trunk_cautious"]:
@@ -172,7 +176,7 @@ def _multi_tensor_sign_momentum(tensorlists: Sequence[Sequence[Tensor]], group: 
 
 def _multi_tensor_average(grads: list[Tensor], exp_avgs: Sequence[list[Tensor]], group: Group) -> list[Tensor]:
     """:func:`_average` for lists of one device and dtype."""
-    grads = _tensors.foreach_neg(grads) if group["maximize"] else grads
+    grads = list(_tensors.foreach_neg(grads)) if group["maximize"] else grads
     if not exp_avgs:
         return grads
     averages = _tensors.foreach_upcast(exp_avgs[0])
