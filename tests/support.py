@@ -1,0 +1,81 @@
+"""What several test modules need: small models, seeded gradients, comparisons by bits."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stac_optimizer import STAC
+
+
+def small_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    """Three layers: "0" and "1" in the trunk by default, "3" in the cap."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
+
+
+def set_gradients(model: nn.Module, seed: int, *, skip: Iterable[str] = ()) -> None:
+    """Give every trainable parameter a random gradient, the same for the same seed; None to those in ``skip``."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            grad = torch.randn(param.shape, generator=generator).to(param.dtype).to(param.device)
+            param.grad = None if name in skip else grad
+
+
+def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: Iterable[int]) -> None:
+    """One step with seeded gradients for each seed."""
+    for seed in seeds:
+        set_gradients(model, seed)
+        optimizer.step()
+
+
+def through_file(value: Any) -> Any:
+    """Save and load safely, as a checkpoint would be."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    """Equal to the bit, NaN and signed zeros included."""
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    return torch.equal(
+        left.detach().cpu().contiguous().view(torch.uint8) if left.numel() else left.detach().cpu(),
+        right.detach().cpu().contiguous().view(torch.uint8) if right.numel() else right.detach().cpu(),
+    )
+
+
+def assert_same_bits(left: Any, right: Any, where: str = "") -> None:
+    """Assert that two tensors, or nested lists, tuples and dicts of them, are equal to the bit."""
+    if isinstance(left, Tensor):
+        assert isinstance(right, Tensor), where
+        assert same_bits(left, right), f"{where}: {left} != {right}"
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys(), where
+        for key in left:
+            assert_same_bits(left[key], right[key], f"{where}[{key!r}]")
+    elif isinstance(left, (list, tuple)):
+        assert len(left) == len(right), where
+        for index, (one, other) in enumerate(zip(left, right, strict=True)):
+            assert_same_bits(one, other, f"{where}[{index}]")
+    else:
+        assert left == right, where
+
+
+def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+    """A deep copy of everything that a step may change: weights, state and groups."""
+    return copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+
+
+def parameter_state(optimizer: STAC, model: nn.Module, name: str) -> dict[str, Any]:
+    """The state of the parameter of this name."""
+    state: dict[str, Any] = optimizer.state[model.get_parameter(name)]
+    return state
