@@ -47,10 +47,8 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
     """Equal to the bit, NaN and signed zeros included."""
     if left.shape != right.shape or left.dtype != right.dtype:
         return False
-    return torch.equal(
-        left.detach().cpu().contiguous().view(torch.uint8) if left.numel() else left.detach().cpu(),
-        right.detach().cpu().contiguous().view(torch.uint8) if right.numel() else right.detach().cpu(),
-    )
+    one, other = (tensor.detach().cpu().contiguous().flatten().view(torch.uint8) for tensor in (left, right))
+    return torch.equal(one, other)
 
 
 def assert_same_bits(left: Any, right: Any, where: str = "") -> None:
