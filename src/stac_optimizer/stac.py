@@ -217,11 +217,11 @@ class STAC(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        if found_inf is None:
-            self._check_finite()
-        elif found_inf.item():
+        if found_inf is not None and found_inf.item():
             return loss
         self._check_gradients()
+        if found_inf is None and any(group["error_if_nonfinite"] for group in self.param_groups):
+            self._check_finite()
         gathered = []
         for group in self.param_groups:
             params: list[Tensor] = []
