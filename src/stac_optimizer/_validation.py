@@ -75,7 +75,7 @@ def learning_rate(name: str, value: Any) -> float | Tensor:
         raise ValueError(f"{name} as a tensor must have one element, got shape {tuple(value.shape)}")
     if not value.is_floating_point():
         raise TypeError(f"{name} as a tensor must be of a floating-point dtype, got {value.dtype}")
-    non_negative(name, value.item())
+    non_negative(name, value.detach().item())
     return value
 
 
@@ -108,4 +108,4 @@ def warn(message: str) -> None:
     frame, level = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(__package__):
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, UserWarning, stacklevel=level - 1)
+    warnings.warn(message, UserWarning, stacklevel=level)

@@ -58,7 +58,7 @@ class SignMomentum(Rule):
 
     def advice(self, names: Sequence[str], params: Sequence[Tensor], group: Group) -> str | None:
         """Warn of low-precision weights that the lr cannot move."""
-        lr = float(group["lr"])
+        lr = group["lr"].item() if isinstance(group["lr"], Tensor) else group["lr"]
         stuck = [name for name, param in zip(names, params, strict=True) if _is_step_lost(param, lr)]
         if not stuck:
             return None

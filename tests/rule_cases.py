@@ -1,0 +1,134 @@
+"""The table of rules: one row gives a rule every test of tests/test_rules.py. A new rule is one more row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stac_optimizer import STAC
+from tests import reference
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleCase:
+    """One rule under one set of hyper-parameters.
+
+    Args:
+        role: the role whose rule it is.
+        arguments: hyper-parameters besides the defaults.
+        reference: the float64 reference.
+        paths: STAC arguments for each path, by the path's name.
+        is_sign: a weight moves by the sign of ``exp_avg``, so the reference binds only where that is not near 0.
+        slack: roundings, in units of the dtype's epsilon, by which a result may differ from the reference.
+        dtypes: those on which the reference binds.
+    """
+
+    name: str
+    role: str
+    arguments: Mapping[str, Any]
+    reference: Callable[..., tuple[reference.Array, reference.State]]
+    paths: Mapping[str, Mapping[str, Any]]
+    is_sign: bool = False
+    slack: float = 1.5  # decay and step round once each, to at most half an epsilon; measured 1.06
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+
+    def optimizer(self, params: Mapping[str, Tensor], path: str, **overrides: Any) -> STAC:
+        """STAC over these parameters in one group of the case's role."""
+        groups = [{"params": list(params.items()), "stac_role": self.role}]
+        return STAC(groups, **{**self.arguments, **self.paths[path], **overrides})
+
+
+TRUNK_PATHS = {"single": {"foreach": False}, "foreach": {"foreach": True}}
+CAP_PATHS = {**TRUNK_PATHS, "fused": {"fused": True}}
+
+
+def _trunk(name: str, **arguments: Any) -> RuleCase:
+    return RuleCase(
+        name=f"sign_momentum-{name}",
+        role="trunk",
+        arguments={"lr": 0.01, "weight_decay": 0.1, **arguments},
+        reference=reference.sign_momentum,
+        paths=TRUNK_PATHS,
+        is_sign=True,
+    )
+
+
+def _cap(name: str, **arguments: Any) -> RuleCase:
+    return RuleCase(
+        name=f"adamw-{name}",
+        role="cap",
+        arguments={"lr": 0.01, "weight_decay": 0.1, **arguments},
+        reference=reference.adamw,
+        paths=CAP_PATHS,
+        # A rounding for each of about ten operations, low-precision ones in their own dtype.
+        slack=4.0,
+        # In float16 torch's squared gradients underflow, to infinite steps; there only equality with torch is asserted.
+        dtypes=tuple(dtype for dtype in DTYPES if dtype != torch.float16),
+    )
+
+
+RULE_CASES = (
+    _trunk("default"),
+    _trunk("no-decay", weight_decay=0.0),
+    _trunk("maximize", maximize=True, trunk_momentum=0.5),
+    _trunk("no-momentum", trunk_momentum=0.0),
+    _trunk("no-momentum-maximize", trunk_momentum=0.0, maximize=True),
+    _trunk("cautious", trunk_cautious=True),
+    _trunk("cautious-maximize", trunk_cautious=True, maximize=True),
+    _trunk("cautious-no-momentum", trunk_cautious=True, trunk_momentum=0.0, maximize=True),
+    _cap("default"),
+    _cap("amsgrad", amsgrad=True),
+    _cap("maximize", maximize=True, betas=(0.5, 0.9), eps=1e-6),
+)
+
+
+def zoo(dtype: torch.dtype, seed: int = 0) -> dict[str, nn.Parameter]:
+    """Parameters of every shape and layout that users have, by name."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        real = torch.randn(*shape, 2 if dtype.is_complex else 1, generator=generator)
+        return (torch.view_as_complex(real) if dtype.is_complex else real[..., 0]).to(dtype)
+
+    tensors = {
+        "matrix": randn(6, 10),
+        "vector": randn(7),
+        "scalar": randn(),
+        "empty": randn(0, 3),
+        "transposed": randn(5, 4).t(),
+        "sliced": randn(6, 8)[:, ::2],
+        "channels_last": randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
+    }
+    return {f"layer.{name}": nn.Parameter(tensor) for name, tensor in tensors.items()}
+
+
+def random_gradients(params: Mapping[str, Tensor], seed: int, *, skip: Iterable[str] = ()) -> dict[str, Tensor | None]:
+    """A gradient for each parameter, of its dtype but contiguous whatever its layout; None for those in ``skip``."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: None
+        if name in skip
+        else torch.randn(param.shape, generator=generator, dtype=param.dtype)
+        if param.dtype.is_complex
+        else torch.randn(param.shape, generator=generator).to(param.dtype)
+        for name, param in params.items()
+    }
+
+
+def step_with(optimizer: STAC, params: Mapping[str, Tensor], gradients: Mapping[str, Tensor | None]) -> None:
+    """One step with these gradients, which must come out of it as they went in."""
+    for name, param in params.items():
+        gradient = gradients[name]
+        param.grad = None if gradient is None else gradient.clone()
+    optimizer.step()
+    for name, param in params.items():
+        gradient = gradients[name]
+        assert (param.grad is None) == (gradient is None)
+        if gradient is not None and param.grad is not None:
+            assert torch.equal(param.grad, gradient), f"the gradient of {name} was written to"

@@ -1,0 +1,309 @@
+"""Every row of the rule table: against its float64 reference, across paths by bits, on every dtype and layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stac_optimizer import STAC, _tensors
+from stac_optimizer.rules import RULES
+from tests import reference
+from tests.rule_cases import DTYPES, RULE_CASES, RuleCase, random_gradients, step_with, zoo
+from tests.support import assert_same_bits
+
+STEPS = 7
+
+
+def case_paths() -> list[Any]:
+    """Case, path and dtype, with readable ids. torch's fused AdamW has no complex form."""
+    return [
+        pytest.param(case, path, dtype, id=f"{case.name}-{path}-{str(dtype).removeprefix('torch.')}")
+        for case in RULE_CASES
+        for path in case.paths
+        for dtype in case.dtypes
+        if not (path == "fused" and dtype.is_complex)
+    ]
+
+
+def as_array(tensor: Tensor) -> reference.Array:
+    real = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor.detach()
+    array: reference.Array = real.to(torch.float64).numpy().copy()
+    return array
+
+
+def state_arrays(optimizer: STAC, param: Tensor) -> reference.State:
+    state = optimizer.state[param]
+    return {key: as_array(value) for key, value in state.items()} or {"step": np.zeros(())}
+
+
+@pytest.mark.parametrize(("case", "path", "dtype"), case_paths())
+def test_update_matches_float64_reference(case: RuleCase, path: str, dtype: torch.dtype) -> None:
+    """From each step's own start, so that roundings cannot pile up."""
+    params = zoo(dtype)
+    optimizer = case.optimizer(params, path)
+    rounding = case.slack * torch.finfo(dtype).eps
+    near_zero = 8 * torch.finfo(_tensors.arithmetic_dtype(dtype)).eps
+    compared = left_out = 0
+    for seed in range(STEPS):
+        gradients = random_gradients(params, seed, skip={"layer.vector"} if seed == 2 else ())
+        before = {name: (as_array(param), state_arrays(optimizer, param)) for name, param in params.items()}
+        step_with(optimizer, params, gradients)
+        for name, param in params.items():
+            gradient, (old, old_state) = gradients[name], before[name]
+            if gradient is None:
+                assert np.array_equal(as_array(param), old)
+                continue
+            expected, state = case.reference(old, as_array(gradient), old_state, optimizer.param_groups[0])
+            for key, value in state.items():
+                actual = as_array(optimizer.state[param][key])
+                np.testing.assert_allclose(actual, value, rtol=rounding, atol=near_zero, err_msg=f"{name} {key}")
+            # A sign binds only where the average is farther from 0 than its own rounding.
+            decided = np.abs(state["exp_avg"]) > near_zero if case.is_sign and state else np.ones_like(old, bool)
+            compared, left_out = compared + decided.size, left_out + int((~decided).sum())
+            bound = rounding * (np.abs(old) + optimizer.param_groups[0]["lr"])
+            difference = np.abs(as_array(param) - expected)
+            assert np.all(difference[decided] <= bound[decided]), (
+                f"{name} differs by {np.max(difference / bound)} bounds"
+            )
+    assert left_out <= 0.001 * compared
+
+
+def run(optimizer: STAC, params: Mapping[str, Tensor], steps: int = STEPS) -> Iterator[None]:
+    """Steps with a parameter that lacks its gradient once, one frozen in mid-run, zeros, and an lr that moves."""
+    for seed in range(steps):
+        gradients = random_gradients(params, seed, skip={"layer.vector"} if seed == 2 else ())
+        if seed >= 4:
+            gradients["layer.transposed"] = None
+        if seed == 5:
+            gradients = {name: None if grad is None else torch.zeros_like(grad) for name, grad in gradients.items()}
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 / (1 + seed)
+        step_with(optimizer, params, gradients)
+        yield
+
+
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that cut even the test tensors, with a rest."""
+    monkeypatch.setattr(_tensors, "BLOCK_NUMEL", 7)
+
+
+TRUNK_CASES = [pytest.param(case, id=case.name) for case in RULE_CASES if case.role == "trunk"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", TRUNK_CASES)
+def test_trunk_paths_agree_by_bits(case: RuleCase, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_tensors, "BLOCK_NUMEL", 1 << 40)
+    whole, foreach, blocked = zoo(dtype), zoo(dtype), zoo(dtype)
+    optimizers = [
+        case.optimizer(whole, "single"),
+        case.optimizer(foreach, "foreach"),
+        case.optimizer(blocked, "single"),
+    ]
+    runs = [run(optimizer, params) for optimizer, params in zip(optimizers, (whole, foreach, blocked), strict=True)]
+    for _ in range(STEPS):
+        next(runs[0])
+        next(runs[1])
+        with monkeypatch.context() as patch:
+            small_blocks(patch)
+            next(runs[2])
+        for other, optimizer in ((foreach, optimizers[1]), (blocked, optimizers[2])):
+            for name, param in whole.items():
+                assert_same_bits(param, other[name], name)
+                assert_same_bits(optimizers[0].state[param], optimizer.state[other[name]], name)
+
+
+def test_blocks_cut_large_dense_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_blocks(monkeypatch)
+    params = zoo(torch.float32)
+    with torch.no_grad():
+        cut = {name.removeprefix("layer."): len(list(_tensors.blocks(param, param))) for name, param in params.items()}
+        assert cut == {
+            "matrix": 9, "vector": 1, "scalar": 1, "empty": 1, "transposed": 3, "sliced": 1, "channels_last": 18
+        }  # fmt: skip
+        assert len(list(_tensors.blocks(params["layer.matrix"], torch.zeros(10, 6).t()))) == 1
+
+
+@pytest.mark.parametrize("case", TRUNK_CASES)
+def test_trunk_mixed_dtypes_in_one_group_agree_by_bits(case: RuleCase) -> None:
+    def mixed() -> dict[str, nn.Parameter]:
+        return {f"{dtype}.{name}": param for dtype in DTYPES for name, param in zoo(dtype).items()}
+
+    single, foreach = mixed(), mixed()
+    for params, path in ((single, "single"), (foreach, "foreach")):
+        optimizer = case.optimizer(params, path)
+        for seed in range(3):
+            step_with(optimizer, params, random_gradients(params, seed))
+    for name, param in single.items():
+        assert_same_bits(param, foreach[name], name)
+
+
+@pytest.mark.parametrize("case", TRUNK_CASES)
+@pytest.mark.parametrize("path", ["single", "foreach"])
+def test_trunk_compiled_step_agrees_by_bits(case: RuleCase, path: str) -> None:
+    """Traced into a graph, here run without inductor; tests/test_ecosystem.py compiles for real."""
+    torch._dynamo.reset()
+    eager, compiled = zoo(torch.float32), zoo(torch.float32)
+    optimizers = [case.optimizer(params, path) for params in (eager, compiled)]
+    step = torch.compile(optimizers[1].step, fullgraph=True, backend="aot_eager")
+    for seed in range(2):
+        gradients = random_gradients(eager, seed)
+        step_with(optimizers[0], eager, gradients)
+        for name, param in compiled.items():
+            param.grad = gradients[name]
+        step()
+    for name, param in eager.items():
+        assert_same_bits(param, compiled[name], name)
+        assert_same_bits(optimizers[0].state[param], optimizers[1].state[compiled[name]], name)
+
+
+CAP_FLAGS: Mapping[str, Mapping[str, Any]] = {
+    "default": {},
+    "amsgrad-maximize": {"amsgrad": True, "maximize": True},
+    "betas-eps-decay": {"betas": (0.5, 0.9), "eps": 1e-6, "weight_decay": 0.3},
+    "tensor-lr": {"lr": torch.tensor(0.02)},
+    "tensor-lr-of-shape-1": {"lr": torch.tensor([0.02])},
+}
+CAP_PATHS: Mapping[str, Mapping[str, Any]] = {
+    "default": {},
+    "single": {"foreach": False},
+    "foreach": {"foreach": True},
+    "fused": {"fused": True},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("path", CAP_PATHS)
+@pytest.mark.parametrize("flags", CAP_FLAGS)
+def test_cap_equals_torch_adamw_by_bits(flags: str, path: str, dtype: torch.dtype) -> None:
+    arguments = {"lr": 0.01, **CAP_FLAGS[flags], **CAP_PATHS[path]}
+    if path == "foreach" and "tensor" in flags:
+        pytest.skip("torch.optim.AdamW refuses a tensor lr with foreach=True, and so does STAC")
+    if path == "fused" and dtype.is_complex:
+        pytest.skip("torch has no fused AdamW for complex parameters, and STAC refuses it")
+    ours, theirs = zoo(dtype), zoo(dtype)
+    if path == "fused":
+        # torch's fused kernel writes outside a sliced parameter; what STAC does there is tested below.
+        del ours["layer.sliced"], theirs["layer.sliced"]
+    optimizer = STAC([{"params": list(ours.items()), "stac_role": "cap"}], **arguments)
+    if arguments.get("lr") is CAP_FLAGS["tensor-lr-of-shape-1"]["lr"]:
+        arguments["lr"] = torch.tensor(0.02)  # with shape (1,) torch's own fails on 0-dim parameters
+    adamw = torch.optim.AdamW(theirs.values(), **{"weight_decay": 0.0, **arguments})
+    for seed in range(50):
+        gradients = random_gradients(ours, seed, skip={"layer.vector"} if seed == 2 else ())
+        step_with(optimizer, ours, gradients)
+        for name, param in theirs.items():
+            gradient = gradients[name]
+            # In the parameter's layout, or torch's fused kernel pairs the wrong elements.
+            param.grad = None if gradient is None else torch.empty_like(param).copy_(gradient)
+        adamw.step()
+    for name, param in ours.items():
+        assert_same_bits(param, theirs[name], name)
+        assert_same_bits(dict(optimizer.state[param]), dict(adamw.state[theirs[name]]), name)
+
+
+def test_cap_fused_takes_single_path_for_sliced_parameters() -> None:
+    base = {fused: torch.randn(6, 8, generator=torch.Generator().manual_seed(0)) for fused in (True, False)}
+    untouched = base[True][:, 1::2].clone()
+    for fused, tensor in base.items():
+        param = nn.Parameter(tensor[:, ::2])
+        params = {"layer.sliced": param, "layer.dense": nn.Parameter(torch.ones(3))}
+        optimizer = STAC([{"params": list(params.items()), "stac_role": "cap"}], fused=fused)
+        for seed in range(5):
+            step_with(optimizer, params, random_gradients(params, seed))
+    assert_same_bits(base[True], base[False])
+    assert_same_bits(base[True][:, 1::2], untouched)
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in RULE_CASES])
+def test_maximize_equals_negated_gradients(case: RuleCase) -> None:
+    ascending, descending = zoo(torch.float32), zoo(torch.float32)
+    maximize = not case.arguments.get("maximize", False)
+    optimizers = case.optimizer(ascending, "single", maximize=maximize), case.optimizer(descending, "single")
+    for seed in range(3):
+        gradients = random_gradients(ascending, seed)
+        step_with(optimizers[0], ascending, gradients)
+        step_with(optimizers[1], descending, {n: None if g is None else -g for n, g in gradients.items()})
+    for name, param in ascending.items():
+        assert torch.equal(param, descending[name]), name
+
+
+@pytest.mark.parametrize("case", TRUNK_CASES)
+def test_trunk_tensor_lr_equals_float_lr_by_bits(case: RuleCase) -> None:
+    """A power of two, which float32 holds exactly: else the two would not be the same number."""
+    by_float, by_tensor = zoo(torch.float32), zoo(torch.float32)
+    optimizers = [
+        case.optimizer(by_float, "single", lr=2.0**-6, weight_decay=0.25),
+        case.optimizer(by_tensor, "single", lr=torch.tensor([2.0**-6]), weight_decay=0.25),
+    ]
+    for seed in range(STEPS):
+        gradients = random_gradients(by_float, seed)
+        for optimizer, params in zip(optimizers, (by_float, by_tensor), strict=True):
+            step_with(optimizer, params, gradients)
+    for name, param in by_float.items():
+        assert_same_bits(param, by_tensor[name], name)
+
+
+def test_trunk_step_moves_each_weight_by_lr() -> None:
+    param = nn.Parameter(torch.zeros(1000))
+    optimizer = STAC([{"params": [("w", param)], "stac_role": "trunk"}], lr=0.125)
+    step_with(optimizer, {"w": param}, random_gradients({"w": param}, 0))
+    assert torch.equal(param.abs(), torch.full((1000,), 0.125))
+
+
+def test_state_has_declared_keys_shapes_dtypes_and_layouts() -> None:
+    params = zoo(torch.bfloat16)
+    for case, keys in (
+        (RULE_CASES[0], {"exp_avg"}),
+        (RULE_CASES[3], set()),
+        (RULE_CASES[-1], {"exp_avg", "exp_avg_sq"}),
+    ):
+        optimizer = case.optimizer(params, "single")
+        step_with(optimizer, params, random_gradients(params, 0, skip={"layer.vector"}))
+        for name, param in params.items():
+            state = dict(optimizer.state[param])
+            step = state.pop("step")
+            assert (step.shape, step.dtype, step.device.type) == ((), torch.float32, "cpu")
+            assert step == (0 if name == "layer.vector" else 1)
+            assert state.keys() == (set() if name == "layer.vector" else keys)
+            for value in state.values():
+                assert (value.shape, value.dtype) == (param.shape, param.dtype)
+                assert value.stride() == torch.zeros_like(param).stride()
+
+
+# AdamW raises its betas to the power of a float32 counter, hence its tolerance.
+@pytest.mark.parametrize(("role", "tolerance"), [("trunk", 0.0), ("cap", 1e-5)])
+def test_differentiable_step_gives_gradients_of_lr_and_weight(role: str, tolerance: float) -> None:
+    """From p = 2 with decay 0.5 and gradient 3: p - lr * 0.5 * p - lr, for AdamW's first step is a sign too."""
+    lr = torch.tensor(0.25, dtype=torch.float64, requires_grad=True)
+    leaf = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
+    weight = leaf.clone()
+    groups = [{"params": [("w", weight)], "stac_role": role}]
+    optimizer = STAC(groups, lr=lr, weight_decay=0.5, eps=0.0, differentiable=True)
+    weight.grad = torch.tensor([3.0], dtype=torch.float64)
+    optimizer.step()
+    gradients = torch.autograd.grad(weight.sum(), [lr, leaf])
+    assert gradients[0].item() == pytest.approx(-0.5 * 2.0 - 1.0, abs=tolerance)
+    assert gradients[1].item() == pytest.approx(1 - 0.25 * 0.5, abs=tolerance)
+
+
+def test_default_path_is_the_one_torch_would_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = STAC([{"params": [nn.Parameter(torch.ones(2))], "stac_role": "trunk"}]).param_groups[0]
+
+    def path(**flags: bool | None) -> str:
+        return RULES["sign_momentum"].path(group["params"], {**group, **flags})
+
+    assert (path(), path(foreach=False), path(foreach=True), path(fused=True)) == (
+        "single",
+        "single",
+        "foreach",
+        "single",
+    )
+    monkeypatch.setattr(_tensors, "is_foreach_faster", lambda params, differentiable: not differentiable)
+    assert (path(), path(foreach=False), path(fused=True)) == ("foreach", "single", "foreach")
+    assert path(differentiable=True) == "single"

@@ -1,0 +1,201 @@
+"""What a step refuses, before anything has changed and with a message that helps; and what it skips."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from stac_optimizer import STAC
+from tests.support import assert_same_bits, set_gradients, small_model, snapshot, take_steps
+
+LAST = "3.bias"
+
+
+def sparse_gradient(model: nn.Module, name: str) -> None:
+    param = model.get_parameter(name)
+    param.grad = torch.ones_like(param).to_sparse()
+
+
+def nan_gradient(model: nn.Module, name: str) -> None:
+    param = model.get_parameter(name)
+    assert param.grad is not None
+    param.grad[-1] = torch.nan
+
+
+def infinite_gradient(model: nn.Module, name: str) -> None:
+    param = model.get_parameter(name)
+    assert param.grad is not None
+    param.grad[0] = -torch.inf
+
+
+REFUSALS = [
+    pytest.param({}, sparse_gradient, LAST, ["'3.bias'", "cap", "sparse", "dense"], id="sparse-in-cap"),
+    pytest.param({}, sparse_gradient, "1.weight", ["'1.weight'", "trunk", "sparse=False"], id="sparse-in-trunk"),
+    pytest.param(
+        {"error_if_nonfinite": True},
+        nan_gradient,
+        LAST,
+        ["'3.bias'", "cap", "NaN", "error_if_nonfinite"],
+        id="nan-in-cap",
+    ),
+    pytest.param({"error_if_nonfinite": True}, nan_gradient, "0.weight", ["'0.weight'", "trunk"], id="nan-in-trunk"),
+    pytest.param({"error_if_nonfinite": True}, infinite_gradient, LAST, ["'3.bias'", "infinity"], id="infinity-in-cap"),
+    pytest.param(
+        {"error_if_nonfinite": True}, sparse_gradient, LAST, ["'3.bias'", "sparse"], id="sparse-where-finite-is-asked"
+    ),
+]
+
+
+@pytest.mark.parametrize("steps_before", [0, 2], ids=["fresh", "stepped"])
+@pytest.mark.parametrize(("arguments", "spoil", "name", "words"), REFUSALS)
+def test_refused_gradient_changes_nothing(
+    arguments: dict[str, Any], spoil: Callable[[nn.Module, str], None], name: str, words: list[str], steps_before: int
+) -> None:
+    model = small_model()
+    optimizer = STAC(model, weight_decay=0.1, **arguments)
+    take_steps(model, optimizer, range(steps_before))
+    set_gradients(model, 9)
+    spoil(model, name)
+    before = snapshot(model, optimizer)
+    with pytest.raises(RuntimeError) as raised:
+        optimizer.step()
+    assert_same_bits(snapshot(model, optimizer), before)
+    assert all(word in str(raised.value) for word in [*words, "Nothing was changed"]), str(raised.value)
+    set_gradients(model, 9)
+    optimizer.step()
+    assert not torch.equal(model.get_parameter("0.weight"), before[0]["0.weight"])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "arguments", "words"),
+    [
+        pytest.param(torch.complex64, {"fused": True}, ["complex64", "fused=False"], id="fused-complex"),
+        pytest.param(torch.float32, {"capturable": True}, ["'cpu'", "capturable=False"], id="capturable-on-the-cpu"),
+    ],
+)
+def test_what_torch_adamw_would_assert_late_is_refused_first(
+    dtype: torch.dtype, arguments: dict[str, Any], words: list[str]
+) -> None:
+    trunk, cap = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, dtype=dtype))
+    groups = [{"params": [("a.w", trunk)], "stac_role": "trunk"}, {"params": [("b.w", cap)], "stac_role": "cap"}]
+    optimizer = STAC(groups, **arguments)
+    trunk.grad, cap.grad = torch.ones_like(trunk), torch.ones_like(cap)
+    with pytest.raises(RuntimeError, match=r"'b.w' \(cap\)") as raised:
+        optimizer.step()
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+    assert torch.equal(trunk, torch.ones(2))
+    assert not optimizer.state
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no gradients of another dtype")
+def test_gradient_of_another_dtype_moves_the_trunk_and_is_refused_in_the_cap() -> None:
+    params = [nn.Parameter(torch.ones(2, dtype=torch.bfloat16)) for _ in range(2)]
+    for param in params:
+        param.grad_dtype = torch.float32
+        param.grad = torch.tensor([1.0, -1.0])
+    optimizer = STAC([{"params": [("a.w", params[0])], "stac_role": "trunk"}], lr=0.5)
+    optimizer.step()
+    assert params[0].tolist() == [0.5, 1.5]
+    optimizer = STAC([{"params": [("b.w", params[1])], "stac_role": "cap"}], lr=0.5)
+    with pytest.raises(RuntimeError, match=r"'b.w' \(cap\) is torch.bfloat16 and its gradient torch.float32"):
+        optimizer.step()
+
+
+def test_unnamed_parameter_is_named_by_group_and_position() -> None:
+    params = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+    groups = [{"params": params[:1], "stac_role": "trunk"}, {"params": params[1:], "stac_role": "cap"}]
+    optimizer = STAC(groups, error_if_nonfinite=True)
+    params[2].grad = torch.tensor([1.0, torch.nan])
+    with pytest.raises(RuntimeError, match=r"'<group 1>\.1' \(cap\)"):
+        optimizer.step()
+
+
+def test_finite_check_knows_huge_gradients_from_infinite_ones() -> None:
+    model = small_model()
+    optimizer = STAC(model, error_if_nonfinite=True)
+    for param in model.parameters():
+        param.grad = torch.full_like(param, torch.finfo(torch.float32).max)
+    optimizer.step()
+    assert all(state["step"] == 1 for state in optimizer.state.values())
+
+
+def test_finite_check_handles_empty_complex_and_mixed_parameters() -> None:
+    params = [
+        nn.Parameter(torch.zeros(0, 3)),
+        nn.Parameter(torch.ones(2, dtype=torch.complex64)),
+        nn.Parameter(torch.ones((), dtype=torch.float64)),
+        nn.Parameter(torch.full((2,), 0.01, dtype=torch.bfloat16)),
+    ]
+    optimizer = STAC([{"params": params, "stac_role": "trunk", "error_if_nonfinite": True}], lr=0.01)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    params[1].grad = torch.tensor([1.0, complex(0.0, torch.inf)])
+    with pytest.raises(RuntimeError, match=r"'<group 0>\.1'"):
+        optimizer.step()
+
+
+def test_finite_check_looks_only_at_groups_that_ask() -> None:
+    checked, unchecked = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    groups: list[dict[str, Any]] = [
+        {"params": [checked], "stac_role": "trunk", "error_if_nonfinite": True},
+        {"params": [unchecked], "stac_role": "cap"},
+    ]
+    optimizer = STAC(groups)
+    checked.grad, unchecked.grad = torch.ones(2), torch.full((2,), torch.nan)
+    optimizer.step()
+    assert checked.isfinite().all()
+    assert unchecked.isnan().all()
+
+
+def test_absent_gradient_skips_decay_too() -> None:
+    model = small_model()
+    optimizer = STAC(model, weight_decay=0.5)
+    set_gradients(model, 0, skip={"0.weight", "3.weight"})
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    optimizer.step()
+    moved = {name for name, param in model.named_parameters() if not torch.equal(param, before[name])}
+    assert moved == set(before) - {"0.weight", "3.weight"}
+
+
+def test_parameter_frozen_in_mid_run_keeps_its_state() -> None:
+    model = small_model()
+    optimizer = STAC(model)
+    take_steps(model, optimizer, [0, 1])
+    weight = model.get_parameter("0.weight")
+    weight.requires_grad_(False)
+    weight.grad = None
+    before = snapshot(model, optimizer)
+    take_steps(model, optimizer, [2])
+    assert torch.equal(weight, before[0]["0.weight"])
+    assert optimizer.state[weight]["step"] == 2
+    weight.requires_grad_(True)
+    take_steps(model, optimizer, [3])
+    assert optimizer.state[weight]["step"] == 3
+
+
+def test_step_without_any_gradient_changes_nothing() -> None:
+    model = small_model()
+    optimizer = STAC(model, weight_decay=0.5, error_if_nonfinite=True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer.step()
+    assert_same_bits(model.state_dict(), before)
+
+
+def test_hyperparameter_of_a_group_may_be_changed_between_steps() -> None:
+    """Momentum and amsgrad switched on later find no state: it starts at zero, as on a first step."""
+    model = small_model()
+    optimizer = STAC(model, trunk_momentum=0.0)
+    take_steps(model, optimizer, [0])
+    trunk, cap = optimizer.param_groups
+    trunk["trunk_momentum"], cap["amsgrad"] = 0.5, True
+    set_gradients(model, 1)
+    optimizer.step()
+    weight = model.get_parameter("0.weight")
+    assert weight.grad is not None
+    assert torch.equal(optimizer.state[weight]["exp_avg"], weight.grad * 0.5)
+    assert "max_exp_avg_sq" in optimizer.state[model.get_parameter("3.weight")]
