@@ -105,7 +105,7 @@ def absent_row_drift(optimizer: STAC, model: Bigram) -> float:
         if step == 1:
             start = model.embedding.weight[0].detach().clone()
         optimizer.step()
-    return float((model.embedding.weight[0] - start).abs().max()) / lr
+    return float((model.embedding.weight[0].detach() - start).abs().max()) / lr
 
 
 def test_embedding_in_trunk_warns_and_both_cures_hold() -> None:
