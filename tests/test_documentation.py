@@ -1,0 +1,70 @@
+"""The README's and the docstrings' examples run, and the tables say what the code does."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import stac_optimizer
+from stac_optimizer import STAC
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+MODULES = ["stac_optimizer", *(m.name for m in pkgutil.walk_packages(stac_optimizer.__path__, "stac_optimizer."))]
+
+
+def blocks(language: str) -> list[str]:
+    """The README's fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_readme_python_runs_from_top_to_bottom(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    namespace: dict[str, object] = {}
+    for code in blocks("python"):
+        exec(compile(code, "README.md", "exec"), namespace)
+    printed = capsys.readouterr().out.splitlines()
+    (shown,) = (block.splitlines() for block in blocks("text") if block.startswith("layer "))
+    assert printed[: len(shown)] == shown
+
+
+def test_readme_shell_commands_use_the_constraints() -> None:
+    commands = [command for command in blocks("bash") if "venv" in command]
+    assert len(commands) == 2
+    for command in commands:
+        assert "-c constraints.txt" in command
+        assert len(command.splitlines()) == 1
+
+
+def test_readme_lists_every_argument_and_public_name() -> None:
+    arguments = list(inspect.signature(STAC).parameters)[1:]
+    table = README[README.index("## Arguments") : README.index("## Tuning")]
+    assert [name for name in arguments if f"`{name}`" not in table] == []
+    assert [
+        name for name in stac_optimizer.__all__ if name not in README and name not in ("STACLayer", "__version__")
+    ] == []
+
+
+def test_every_argument_is_documented() -> None:
+    documentation = inspect.getdoc(STAC) or ""
+    assert [name for name in inspect.signature(STAC).parameters if f"\n    {name}:" not in documentation] == []
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_run(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = doctest.testmod(importlib.import_module(name))
+    assert result.failed == 0
+
+
+def test_the_optimizer_and_the_partition_have_an_example() -> None:
+    for documented in (STAC, stac_optimizer.partition_trainable_layers):
+        assert ">>>" in (inspect.getdoc(documented) or "")
