@@ -125,7 +125,7 @@ def foreach_upcast(tensors: list[Tensor]) -> list[Tensor]:
 
 def foreach_downcast(results: list[Tensor], stored: list[Tensor]) -> None:
     """:func:`downcast` for a list of one dtype."""
-    if results is not stored:
+    if results[0] is not stored[0]:
         torch._foreach_copy_(stored, results)
 
 
