@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -87,9 +88,19 @@ def run(optimizer: STAC, params: Mapping[str, Tensor], steps: int = STEPS) -> It
         yield
 
 
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks that cut even the test tensors, with a rest."""
-    monkeypatch.setattr(_tensors, "BLOCK_NUMEL", 7)
+def set_units(monkeypatch: pytest.MonkeyPatch, *, block: int = 1 << 40, pack: int = 0, length: int = 128) -> None:
+    """Set the units of work on the CPU; by default every tensor is one."""
+    for name, value in (("BLOCK_NUMEL", block), ("PACK_NUMEL", pack), ("PACK_LENGTH", length)):
+        monkeypatch.setattr(_tensors, name, value)
+
+
+# Blocks that cut even the test tensors, with a rest; packs of several tensors, with a rest; both.
+UNITS: Mapping[str, Mapping[str, int]] = {
+    "whole": {},
+    "cut": {"block": 7},
+    "packed": {"pack": 1000, "length": 2},
+    "cut-and-packed": {"block": 10, "pack": 10},
+}
 
 
 TRUNK_CASES = [pytest.param(case, id=case.name) for case in RULE_CASES if case.role == "trunk"]
@@ -98,35 +109,49 @@ TRUNK_CASES = [pytest.param(case, id=case.name) for case in RULE_CASES if case.r
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", TRUNK_CASES)
 def test_trunk_paths_agree_by_bits(case: RuleCase, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_tensors, "BLOCK_NUMEL", 1 << 40)
-    whole, foreach, blocked = zoo(dtype), zoo(dtype), zoo(dtype)
-    optimizers = [
-        case.optimizer(whole, "single"),
-        case.optimizer(foreach, "foreach"),
-        case.optimizer(blocked, "single"),
-    ]
-    runs = [run(optimizer, params) for optimizer, params in zip(optimizers, (whole, foreach, blocked), strict=True)]
+    foreach = zoo(dtype)
+    optimizer = case.optimizer(foreach, "foreach")
+    expected = run(optimizer, foreach)
+    others = []
+    for units in UNITS.values():
+        params = zoo(dtype)
+        single = case.optimizer(params, "single")
+        others.append((units, params, single, run(single, params)))
     for _ in range(STEPS):
-        next(runs[0])
-        next(runs[1])
-        with monkeypatch.context() as patch:
-            small_blocks(patch)
-            next(runs[2])
-        for other, optimizer in ((foreach, optimizers[1]), (blocked, optimizers[2])):
-            for name, param in whole.items():
-                assert_same_bits(param, other[name], name)
-                assert_same_bits(optimizers[0].state[param], optimizer.state[other[name]], name)
+        next(expected)
+        for units, params, single, steps in others:
+            set_units(monkeypatch, **units)
+            next(steps)
+            for name, param in foreach.items():
+                assert_same_bits(params[name], param, f"{units} {name}")
+                assert_same_bits(single.state[params[name]], optimizer.state[param], f"{units} {name}")
 
 
-def test_blocks_cut_large_dense_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    small_blocks(monkeypatch)
-    params = zoo(torch.float32)
+def test_units_cut_large_tensors_and_pack_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_units(monkeypatch, block=20, pack=10, length=2)
+    sizes = {"matrix": (6, 10), "vector": (7,), "scalar": (), "empty": (0, 3), "transposed": (4, 5), "vector2": (8,)}
+    params = [torch.arange(float(math.prod(shape))).reshape(shape) for shape in sizes.values()]
+    params[4] = params[4].t()
+    grads = [torch.ones_like(param) for param in params]
     with torch.no_grad():
-        cut = {name.removeprefix("layer."): len(list(_tensors.blocks(param, param))) for name, param in params.items()}
-        assert cut == {
-            "matrix": 9, "vector": 1, "scalar": 1, "empty": 1, "transposed": 3, "sliced": 1, "channels_last": 18
-        }  # fmt: skip
-        assert len(list(_tensors.blocks(params["layer.matrix"], torch.zeros(10, 6).t()))) == 1
+        units = []
+        for unit in _tensors.units(params, grads, pack=True):
+            units.append([param.numel() for param, _ in unit])
+            for param, grad in unit:
+                param.add_(1)
+                grad.sub_(0)
+    assert units == [[20, 20, 20], [20], [8], [8]]
+    for param, shape in zip(params, sizes.values(), strict=True):
+        assert sorted(param.flatten().tolist()) == [1.0 + i for i in range(math.prod(shape))]
+
+
+def test_units_of_other_layouts_and_recorded_steps_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_units(monkeypatch, block=20, pack=10)
+    params, transposed = [torch.zeros(6, 10)], [torch.zeros(10, 6).t()]
+    with torch.no_grad():
+        assert [len(unit) for unit in _tensors.units(params, params, pack=True)] == [3]
+        assert [len(unit) for unit in _tensors.units(params, transposed, pack=True)] == [1]
+    assert [len(unit) for unit in _tensors.units(params, params, pack=True)] == [1]
 
 
 @pytest.mark.parametrize("case", TRUNK_CASES)

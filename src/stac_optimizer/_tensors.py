@@ -41,6 +41,7 @@ __all__ = [
     "indices_by_device_and_dtype",
     "is_foreach_faster",
     "real_view",
+    "units",
     "upcast",
 ]
 
@@ -56,6 +57,9 @@ fused_devices = _get_fused_kernels_supported_devices
 # Elements of a block. The four tensors that a block works on (weight, gradient, average, one temporary) then stay in
 # the cache of a core or of its neighbours; smaller blocks pay more calls, larger ones trips to memory.
 BLOCK_NUMEL = 128 * 1024
+# A tensor of at most this many elements is packed, with at most so many others: together they fill about a block.
+PACK_NUMEL = 2048
+PACK_LENGTH = 128
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -105,7 +109,7 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def upcast(tensor: Tensor) -> Tensor:
     """The tensor itself, or a float32 copy of a low-precision one."""
-    return tensor.to(arithmetic_dtype(tensor.dtype))
+    return tensor.float() if tensor.dtype in LOW_PRECISION else tensor
 
 
 def downcast(result: Tensor, stored: Tensor) -> None:
@@ -138,23 +142,50 @@ def has_layout_of(tensor: Tensor, other: Tensor) -> bool:
     )
 
 
-def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Cut large CPU tensors of one layout into cache-sized views, so that an update makes few trips to memory.
-
-    Everything else (small tensors, other devices, layouts with gaps) comes back whole, as does everything under
-    ``torch.compile``, which fuses the operations itself, and everything that is differentiated through.
-    """
+def blocks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Cut large tensors of one layout into cache-sized views; give others back whole."""
     first = tensors[0]
     numel = first.numel()
-    if (
-        numel <= BLOCK_NUMEL
-        or first.device.type != "cpu"
-        or torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
-        or not all(has_layout_of(tensor, first) for tensor in tensors)
-    ):
-        yield tensors
-        return
+    if numel <= BLOCK_NUMEL or not all(has_layout_of(tensor, first) for tensor in tensors):
+        return [tensors]
     flat = [tensor.as_strided((numel,), (1,)) for tensor in tensors]
-    for start in range(0, numel, BLOCK_NUMEL):
-        yield tuple(tensor[start : start + BLOCK_NUMEL] for tensor in flat)
+    starts = range(0, numel, BLOCK_NUMEL)
+    return [tuple(tensor[start : start + BLOCK_NUMEL] for tensor in flat) for start in starts]
+
+
+# Note [Units of work on the CPU]
+# An update of several elementwise operations is bound there by memory for large tensors, each operation being a trip
+# through the whole of them, and by calls for small ones. So large ones are cut into blocks that stay in cache, and
+# small ones are packed into blocks, at the price of copying them in and out. The same operations run on the same
+# elements, so no bit changes. Other devices, torch.compile, which fuses by itself, and a differentiated step get whole
+# tensors.
+def units(params: list[Tensor], *others: list[Tensor], pack: bool) -> Iterator[list[tuple[Tensor, ...]]]:
+    """Split an elementwise in-place update into units of work, each the pieces of one parameter or one pack.
+
+    Args:
+        params: what the update writes.
+        others: lists beside it: first the gradients, which it only reads, then state that it writes.
+        pack: whether parameters may share a unit. Not for an update that needs a sum over each parameter.
+    """
+    packed: dict[tuple[torch.dtype, ...], list[tuple[Tensor, ...]]] = {}
+    for tensors in zip(params, *others, strict=True):
+        if tensors[0].device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
+            yield [tensors]
+        elif pack and tensors[0].numel() <= PACK_NUMEL and all(tensor.is_contiguous() for tensor in tensors):
+            packed.setdefault(tuple(tensor.dtype for tensor in tensors), []).append(tensors)
+        else:
+            yield blocks(*tensors)
+    for members in packed.values():
+        for start in range(0, len(members), PACK_LENGTH):
+            yield from _pack(members[start : start + PACK_LENGTH])
+
+
+def _pack(members: Sequence[tuple[Tensor, ...]]) -> Iterator[list[tuple[Tensor, ...]]]:
+    """One unit of many small parameters. What the update wrote goes back to them when the next unit is asked for."""
+    originals = [[tensor.flatten() for tensor in tensors] for tensors in zip(*members, strict=True)]
+    flat = tuple(torch.cat(tensors) for tensors in originals)
+    yield [flat]
+    sizes = [tensor.numel() for tensor in originals[0]]
+    for index, (tensors, result) in enumerate(zip(originals, flat, strict=True)):
+        if index != 1:  # gradients are read-only
+            torch._foreach_copy_(tensors, result.split(sizes))

@@ -116,16 +116,16 @@ def _mask(average: Tensor, grad: Tensor, group: Group) -> Tensor:
     return product < 0 if group["maximize"] else product > 0
 
 
-def _single_tensor_sign_momentum(tensorlists: Sequence[Sequence[Tensor]], group: Group) -> None:
-    for tensors in zip(*tensorlists, strict=True):
-        pieces = list(_tensors.blocks(*tensors))
+def _single_tensor_sign_momentum(tensorlists: Sequence[list[Tensor]], group: Group) -> None:
+    cautious = group["trunk_cautious"]
+    for pieces in _tensors.units(*tensorlists, pack=not cautious):
         # Piece by piece, while each is in cache; but the mean of a mask is over all pieces, so it wants all averages.
-        for batch in [pieces] if group["trunk_cautious"] else [[piece] for piece in pieces]:
+        for batch in [pieces] if cautious else [[piece] for piece in pieces]:
             _update_pieces(batch, group)
 
 
 def _update_pieces(pieces: Sequence[Sequence[Tensor]], group: Group) -> None:
-    """Update one parameter, given as its pieces: (weight, gradient, average), without momentum (weight, gradient)."""
+    """Update one unit, given as its pieces: (weight, gradient, average), without momentum (weight, gradient)."""
     lr, decay_factor = _coefficients(group, pieces[0][0].device)
     averages = [_average(grad, exp_avg, group) for _, grad, *exp_avg in pieces]
     mean = None
@@ -154,7 +154,7 @@ def _average(grad: Tensor, exp_avg: Sequence[Tensor], group: Group) -> Tensor:
     return exp_avg[0]
 
 
-def _multi_tensor_sign_momentum(tensorlists: Sequence[Sequence[Tensor]], group: Group) -> None:
+def _multi_tensor_sign_momentum(tensorlists: Sequence[list[Tensor]], group: Group) -> None:
     for indices in _tensors.indices_by_device_and_dtype(tensorlists):
         params, grads, *exp_avgs = [[tensors[index] for index in indices] for tensors in tensorlists]
         lr, decay_factor = _coefficients(group, params[0].device)
