@@ -40,7 +40,7 @@ __all__ = [
     "has_layout_of",
     "indices_by_device_and_dtype",
     "is_foreach_faster",
-    "real_view",
+    "real_views",
     "units",
     "upcast",
 ]
@@ -89,13 +89,15 @@ def count_step_(steps: list[Tensor]) -> None:
 
 def are_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no tensor holds NaN or infinity. The largest magnitude tells, and unlike a sum it cannot overflow."""
-    held = [real_view(tensor) for tensor in tensors if tensor.numel()]
+    held = real_views([tensor for tensor in tensors if tensor.numel()])
     return not held or bool(torch.nn.utils.get_total_norm(held, norm_type=math.inf).isfinite())
 
 
-def real_view(tensor: Tensor) -> Tensor:
-    """A complex tensor as a view of real numbers, any other as it is."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+def real_views(tensors: list[Tensor]) -> list[Tensor]:
+    """Complex tensors as views of real numbers, the others as they are."""
+    if not any(map(Tensor.is_complex, tensors)):
+        return tensors
+    return [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
 
 
 # Note [Low-precision arithmetic]
@@ -167,12 +169,13 @@ def units(params: list[Tensor], *others: list[Tensor], pack: bool) -> Iterator[l
         others: lists beside it: first the gradients, which it only reads, then state that it writes.
         pack: whether parameters may share a unit. Not for an update that needs a sum over each parameter.
     """
+    whole = torch.compiler.is_compiling() or torch.is_grad_enabled()
     packed: dict[tuple[torch.dtype, ...], list[tuple[Tensor, ...]]] = {}
     for tensors in zip(params, *others, strict=True):
-        if tensors[0].device.type != "cpu" or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        if whole or not tensors[0].is_cpu:
             yield [tensors]
-        elif pack and tensors[0].numel() <= PACK_NUMEL and all(tensor.is_contiguous() for tensor in tensors):
-            packed.setdefault(tuple(tensor.dtype for tensor in tensors), []).append(tensors)
+        elif pack and tensors[0].numel() <= PACK_NUMEL and all(map(Tensor.is_contiguous, tensors)):
+            packed.setdefault(tuple([tensor.dtype for tensor in tensors]), []).append(tensors)
         else:
             yield blocks(*tensors)
     for members in packed.values():

@@ -236,10 +236,13 @@ class STAC(Optimizer):
         return loss
 
     def _check_gradients(self) -> None:
-        for name, param, group in named_parameters(self.param_groups):
-            if param.grad is not None:
-                reason = RULES[group["rule"]].refusal(param, param.grad, group)
+        for group in self.param_groups:
+            refusal = RULES[group["rule"]].refusal
+            for param in group["params"]:
+                grad = param.grad
+                reason = None if grad is None else refusal(param, grad, group)
                 if reason is not None:
+                    name = next(name for name, named, _ in named_parameters(self.param_groups) if named is param)
                     raise RuntimeError(f"{name!r} ({group['stac_role']}) {reason}. Nothing was changed")
 
     def _check_finite(self) -> None:
@@ -258,17 +261,19 @@ class STAC(Optimizer):
     def _init_group(self, group: Group, params: list[Tensor], grads: list[Tensor], *states: list[Tensor]) -> None:
         """Gather what has a gradient, and create its state. torch.compile knows this name and runs it untraced."""
         tensors = RULES[group["rule"]].state_tensors(group)
+        held = [(values, tensor.key) for values, tensor in zip(states, tensors, strict=True)]
         for param in group["params"]:
+            grad = param.grad
             state = self.state[param]
             # Without a gradient the counter alone: strict loading of distributed checkpoints wants state of every one.
-            for tensor in tensors if param.grad is not None else tensors[:1]:
+            for tensor in tensors if grad is not None else tensors[:1]:
                 if tensor.key not in state:
                     state[tensor.key] = tensor.create(param, group)
-            if param.grad is not None:
+            if grad is not None:
                 params.append(param)
-                grads.append(param.grad)
-                for held, tensor in zip(states, tensors, strict=True):
-                    held.append(state[tensor.key])
+                grads.append(grad)
+                for values, key in held:
+                    values.append(state[key])
 
     def _unscaled(self, grads: list[Tensor]) -> list[Tensor]:
         """Gradients divided by a GradScaler's scale, where it left that to the step; as copies, they are read-only."""

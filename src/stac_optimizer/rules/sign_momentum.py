@@ -73,7 +73,7 @@ class SignMomentum(Rule):
         steps, *averages = states
         _tensors.count_step_(steps)
         kernel = _multi_tensor_sign_momentum if self.path(params, group) == "foreach" else _single_tensor_sign_momentum
-        kernel([[_tensors.real_view(tensor) for tensor in tensors] for tensors in (params, grads, *averages)], group)
+        kernel([_tensors.real_views(tensors) for tensors in (params, grads, *averages)], group)
 
 
 def _is_step_lost(param: Tensor, lr: float) -> bool:
