@@ -1,9 +1,12 @@
-"""Marks: tests that need a CUDA device are skipped where there is none."""
+"""Marks: tests that need a CUDA device are skipped where there is none. Threads: one."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+
+# The tensors here are tiny: a second thread only waits for the first, and longer where the machine is busy.
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

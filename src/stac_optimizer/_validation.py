@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -21,6 +21,7 @@ __all__ = [
     "boolean",
     "count",
     "learning_rate",
+    "mapping",
     "non_negative",
     "optional_boolean",
     "pair_of_fractions",
@@ -90,6 +91,13 @@ def optional_boolean(name: str, value: Any) -> bool | None:
     """True, False, or None for "choose for me"."""
     if value is not None and not isinstance(value, bool):
         raise TypeError(f"{name} must be True, False or None, got {value!r} of type {type(value).__name__}")
+    return value
+
+
+def mapping(name: str, value: Any) -> Mapping[Any, Any]:
+    """A dict."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a dict, got {type(value).__name__}")
     return value
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stac_optimizer._groups import STRUCTURE_KEYS, TORCH_KEYS, checked, named_parameters
+from stac_optimizer._validation import mapping, non_negative
 from stac_optimizer.rules import RULES, Group, hyperparameters
 
 __all__ = ["prepare"]
@@ -34,11 +35,14 @@ def prepare(
         TypeError: a hyper-parameter, or the state dict itself, of the wrong type.
         ValueError: the first difference between the checkpoint and the groups, or a value out of range.
     """
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(f"state_dict must be a dict, got {type(state_dict).__name__}")
-    if not {"state", "param_groups"} <= set(state_dict):
+    if not {"state", "param_groups"} <= set(mapping("state_dict", state_dict)):
         raise ValueError("state_dict must hold 'state' and 'param_groups', as optimizer.state_dict() returns")
-    groups, states = _upgraded(state_dict["param_groups"], state_dict["state"])
+    if not isinstance(state_dict["param_groups"], (list, tuple)):
+        raise TypeError(f"param_groups must be a list, got {type(state_dict['param_groups']).__name__}")
+    groups, states = _upgraded(
+        [mapping(f"checkpoint group {index}", group) for index, group in enumerate(state_dict["param_groups"])],
+        mapping("state", state_dict["state"]),
+    )
     if len(groups) != len(param_groups):
         raise ValueError(f"the checkpoint has {len(groups)} groups, this optimizer {len(param_groups)}")
     loaded = [
@@ -64,13 +68,12 @@ def _upgraded(
 ) -> tuple[list[dict[str, Any]], dict[Any, dict[str, Any]]]:
     """Copies of groups and states, those of 0.1.2 under their present keys. The trunk did not count its steps."""
     new_groups = [{key: group[key] for key in group if key not in LEGACY_GROUP_KEYS} for group in groups]
-    steps = max((float(state["step"]) for state in states.values() if "step" in state), default=0.0)
-    new_states = {}
-    for number, state in states.items():
-        new_states[number] = dict(state)
+    new_states = {number: dict(mapping(f"state of parameter {number!r}", state)) for number, state in states.items()}
+    counted = [state["step"] for state in new_states.values() if "step" in state]
+    for state in new_states.values():
         if LEGACY_AVERAGE in state:
-            new_states[number]["exp_avg"] = new_states[number].pop(LEGACY_AVERAGE)
-            new_states[number].setdefault("step", steps)
+            state["exp_avg"] = state.pop(LEGACY_AVERAGE)
+            state.setdefault("step", max(counted, default=0))
     return new_groups, new_states
 
 
@@ -92,7 +95,7 @@ def _checked_group(saved: dict[str, Any], present: Group, where: str) -> dict[st
 
 
 def _refuse_difference(what: str, saved: Any, present: Any) -> None:
-    if isinstance(present, str) or not isinstance(saved, (tuple, list)):
+    if not (isinstance(present, (tuple, list)) and isinstance(saved, (tuple, list))):
         if saved != present:
             raise ValueError(f"{what} is {saved!r} in the checkpoint, {present!r} in this optimizer")
         return
@@ -107,19 +110,27 @@ def _refuse_difference(what: str, saved: Any, present: Any) -> None:
 def _checked_state(saved: Mapping[str, Any], name: str, param: Tensor, group: Group) -> dict[str, Any]:
     """One parameter's state, copied to where it belongs. A key whose value is an empty dict counts as absent."""
     declared = {tensor.key: tensor for tensor in RULES[group["rule"]].state_tensors(group)}
-    given = {key: value for key, value in saved.items() if not isinstance(value, Mapping)}
-    missing = [key for key in declared if key not in given]
-    if missing and float(given.get("step", 0)):
-        raise ValueError(f"the checkpoint's state of {name!r} lacks {missing[0]!r}")
-    state = {}
+    given = {key: value for key, value in saved.items() if not (isinstance(value, Mapping) and not value)}
+    state: dict[str, Any] = {}
     for key, value in given.items():
+        what = f"the checkpoint's {key!r} of {name!r}"
         if key in declared and declared[key].counter:
-            state[key] = torch.tensor(float(value), dtype=torch.float32, device=declared[key].device(param, group))
-        elif not isinstance(value, Tensor) or value.shape != param.shape:
-            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(
-                f"the checkpoint's {key!r} of {name!r} has shape {shape}, the parameter {tuple(param.shape)}"
-            )
+            number = non_negative(what, value.item() if isinstance(value, Tensor) and value.numel() == 1 else value)
+            state[key] = torch.tensor(number, dtype=torch.float32, device=declared[key].device(param, group))
         else:
-            state[key] = torch.empty_like(param, dtype=value.dtype, requires_grad=False).copy_(value.detach())
+            state[key] = _copied(what, value, param)
+    missing = [key for key in declared if key not in given]
+    was_never_stepped = not set(given) - {"step"} and not state.get("step")
+    if missing and not was_never_stepped:
+        raise ValueError(f"the checkpoint's state of {name!r} lacks {missing[0]!r}")
     return state
+
+
+def _copied(what: str, value: Any, param: Tensor) -> Tensor:
+    """A state tensor in the layout and on the device of its parameter, in its own dtype."""
+    if not isinstance(value, Tensor) or value.shape != param.shape:
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{what} has shape {shape}, the parameter {tuple(param.shape)}")
+    if (value.is_floating_point(), value.is_complex()) != (param.is_floating_point(), param.is_complex()):
+        raise ValueError(f"{what} is {value.dtype}, the parameter {param.dtype}")
+    return torch.empty_like(param, dtype=value.dtype, requires_grad=False).copy_(value.detach())

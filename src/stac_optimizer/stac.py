@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from stac_optimizer import checkpoint
 from stac_optimizer._groups import build_groups, checked, named_parameters, partition_of
 from stac_optimizer._tensors import are_finite
-from stac_optimizer._validation import warn
+from stac_optimizer._validation import mapping, warn
 from stac_optimizer.partition import STACPartition
 from stac_optimizer.rules import RULES, Group, hyperparameters
 from stac_optimizer.selectors import Selector
@@ -291,6 +291,7 @@ class STAC(Optimizer):
             ValueError: the checkpoint belongs to another model or split; the message names the first difference. The
                 optimizer is as before.
         """
+        mapping("state_dict", state_dict)
         state: dict[Tensor, dict[str, Any]] = {}
 
         def check(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:

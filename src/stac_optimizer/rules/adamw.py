@@ -91,10 +91,13 @@ def _adamw(
     foreach: bool | None,
 ) -> None:
     steps, exp_avgs, exp_avg_sqs, *max_exp_avg_sqs = states
+    # A checkpoint may have brought state of another dtype, which it keeps: torch wants one dtype, so work in that.
+    weights = [param.to(exp_avg.dtype) for param, exp_avg in zip(params, exp_avgs, strict=True)]
+    grads = [grad.to(exp_avg.dtype) for grad, exp_avg in zip(grads, exp_avgs, strict=True)]
     lr = group["lr"]
     beta1, beta2 = group["betas"]
     adamw(
-        params,
+        weights,
         grads,
         exp_avgs,
         exp_avg_sqs,
@@ -113,3 +116,5 @@ def _adamw(
         eps=group["eps"],
         maximize=group["maximize"],
     )
+    for weight, param in zip(weights, params, strict=True):
+        _tensors.downcast(weight, param)

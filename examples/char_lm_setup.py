@@ -1,0 +1,111 @@
+"""What the character model is trained with: the settings, their optimizers and their schedule. No training here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from char_lm import CharTransformer, Corpus
+from stac_optimizer import STAC, embeddings, last_layers, norms, partition_trainable_layers
+
+__all__ = ["Settings", "make_adamw", "make_model", "make_schedule", "make_stac"]
+
+T = TypeVar("T")
+
+# The row of a rare character sees mostly zero gradients, which still have a sign once averaged; norms have too few
+# weights for their state to matter; and the head is the layer that STAC's cap is made for.
+CAP = embeddings() | norms() | last_layers(1)
+
+
+def setting(default: T, description: str) -> T:
+    """Declare a field of ``Settings``, which is at the same time a command-line option."""
+    return field(default=default, metadata={"help": description})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that decides the course of a run. A checkpoint carries it, so a resumed run cannot drift from it."""
+
+    steps: int = setting(600, "length of the whole schedule, also when a run stops earlier")
+    warmup: int = setting(30, "steps of linear warm-up before the cosine decay to a tenth")
+    validate_every: int = setting(50, "steps between two validation points")
+    batch_size: int = setting(32, "windows per batch")
+    context: int = setting(64, "characters per window")
+    width: int = setting(64, "size of the residual stream")
+    depth: int = setting(2, "transformer blocks")
+    heads: int = setting(4, "attention heads per block")
+    tied: bool = setting(False, "use the token embedding as the output head")
+    seed: int = setting(0, "of the first weights and of the batches")
+    weight_decay: float = setting(0.01, "weight decay of both, save in STAC's trunk")
+    adamw_trunk_lr: float = setting(4e-3, "AdamW's learning rate for the matrices of the blocks")
+    adamw_cap_lr: float = setting(3e-2, "AdamW's learning rate for all else")
+    stac_trunk_lr: float = setting(1.2e-3, "STAC's learning rate for the matrices of the blocks, its trunk")
+    stac_cap_lr: float = setting(3e-2, "STAC's learning rate for all else, its cap")
+    stac_trunk_weight_decay: float = setting(1.0, "STAC's weight decay in its trunk")
+    stac_trunk_momentum: float = setting(0.9, "STAC's averaging factor before the sign")
+    stac_trunk_cautious: bool = setting(True, "in STAC's trunk, step only where the present gradient agrees")
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "validate_every", "batch_size", "context", "width", "depth", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}, but it must be at least 1")
+        if self.width % self.heads:
+            raise ValueError(f"width = {self.width} must be a multiple of heads = {self.heads}")
+
+
+def make_model(settings: Settings, corpus: Corpus) -> CharTransformer:
+    """Return the model with its first weights; the same settings, the same weights."""
+    torch.manual_seed(settings.seed)
+    return CharTransformer(
+        len(corpus.vocabulary),
+        context=settings.context,
+        width=settings.width,
+        depth=settings.depth,
+        heads=settings.heads,
+        tied=settings.tied,
+    )
+
+
+def make_adamw(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
+    """Return torch's AdamW over the same two sets of layers, each with a learning rate of its own.
+
+    Two rates serve this model better than one, whatever the optimizer. With two on both sides, what differs between
+    the contestants is the rule of the trunk alone.
+    """
+    partition = partition_trainable_layers(model, cap=CAP)
+    groups = [
+        {"params": partition.trunk_parameters, "lr": settings.adamw_trunk_lr},
+        {"params": partition.cap_parameters, "lr": settings.adamw_cap_lr},
+    ]
+    return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+
+
+def make_stac(model: nn.Module, settings: Settings) -> STAC:
+    """Return STAC with the matrices inside the blocks as its trunk and all else as its cap."""
+    return STAC(
+        model,
+        cap=CAP,
+        trunk_lr=settings.stac_trunk_lr,
+        cap_lr=settings.stac_cap_lr,
+        trunk_momentum=settings.stac_trunk_momentum,
+        trunk_cautious=settings.stac_trunk_cautious,
+        trunk_weight_decay=settings.stac_trunk_weight_decay,
+        cap_weight_decay=settings.weight_decay,
+    )
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, settings: Settings) -> LambdaLR:
+    """Return linear warm-up, then a cosine from the optimizer's learning rates down to a tenth of them."""
+
+    def factor(step: int) -> float:
+        if step < settings.warmup:
+            return (step + 1) / (settings.warmup + 1)
+        progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+
+    return LambdaLR(optimizer, factor)

@@ -1,0 +1,48 @@
+"""Runs that tests compare: models with their optimizers, stepped, resumed, equal to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from stac_optimizer import STAC
+from tests.support import assert_same_bits, small_model, snapshot, take_steps
+
+Build = Callable[[nn.Module], STAC]
+
+
+def built(build: Build, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> tuple[nn.Sequential, STAC]:
+    """A small model and the optimizer that ``build`` makes of it."""
+    model = small_model(seed, dtype)
+    return model, build(model)
+
+
+def stepped(steps: int = 3, *, seed: int = 0, **arguments: Any) -> tuple[nn.Sequential, STAC]:
+    """A small model and its optimizer after these many steps."""
+    model, optimizer = built(lambda model: STAC(model, **{"lr": 1e-2, **arguments}), seed=seed)
+    take_steps(model, optimizer, range(steps))
+    return model, optimizer
+
+
+def assert_equal_runs(one: tuple[nn.Module, STAC], other: tuple[nn.Module, STAC]) -> None:
+    """Both are in one state to the bit, and stay so over three further steps."""
+    assert_same_bits(snapshot(*one), snapshot(*other))
+    for model, optimizer in (one, other):
+        take_steps(model, optimizer, range(100, 103))
+    assert_same_bits(snapshot(*one), snapshot(*other))
+
+
+@contextmanager
+def process_group(folder: Path) -> Iterator[None]:
+    """A process group of this process alone, on the CPU."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,55 @@
+"""The examples do what they say: published losses, accuracy, and a resumed run equal to an uninterrupted one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import digits
+import toy_benchmark
+import train_char_lm
+from tests.support import assert_same_bits
+
+
+@pytest.mark.parametrize("path", toy_benchmark.PATHS)
+@pytest.mark.parametrize("contestant", toy_benchmark.CONTESTANTS, ids=lambda contestant: contestant.name)
+def test_toy_benchmark_reproduces_published_losses(contestant: toy_benchmark.Contestant, path: str) -> None:
+    row = toy_benchmark.measure(contestant, path, seeds=5, steps=200, device="cpu")
+    assert row.published is not None
+    assert row.mean == pytest.approx(row.published, abs=2e-5)
+
+
+def test_toy_benchmark_prints_a_row_for_each_path(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = toy_benchmark.main(["--seeds", "1", "--steps", "2"])
+    assert len(rows) == len(toy_benchmark.CONTESTANTS) * len(toy_benchmark.PATHS)
+    assert len(capsys.readouterr().out.splitlines()) == 1 + len(rows)
+
+
+def test_digits_reaches_its_accuracy(tmp_path: Path) -> None:
+    result = digits.main(["--out", str(tmp_path / "digits.pt")])
+    assert result.accuracy >= 0.96
+    assert (tmp_path / "digits.pt").exists()
+
+
+def test_char_lm_resumes_exactly_and_learns(tmp_path: Path) -> None:
+    small = ["--steps", "12", "--batch-size", "4", "--context", "16", "--width", "16", "--validate-every", "6"]
+    straight, half, rest = (tmp_path / name for name in ("straight.pt", "half.pt", "rest.pt"))
+    png = ["--out", str(tmp_path / "curves.png")]
+    summaries = train_char_lm.main([*small, *png, "--save", str(straight)])
+    train_char_lm.main([*small, *png, "--stop-at", "5", "--save", str(half)])
+    train_char_lm.main([*png, "--resume", str(half), "--save", str(rest)])
+    assert_same_bits(torch.load(rest, weights_only=True), torch.load(straight, weights_only=True))
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    assert summaries["STAC"].state_bytes < summaries["AdamW"].state_bytes
+    for summary in summaries.values():
+        assert summary.train_losses[-1] < summary.train_losses[0]
+
+
+def test_char_lm_refuses_to_resume_under_other_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saved = tmp_path / "saved.pt"
+    train_char_lm.main(["--steps", "2", "--stop-at", "1", "--save", str(saved), "--out", str(tmp_path / "c.png")])
+    with pytest.raises(SystemExit):
+        train_char_lm.main(["--steps", "3", "--resume", str(saved)])
+    assert "steps = 3, but the checkpoint was made with steps = 2" in capsys.readouterr().err
