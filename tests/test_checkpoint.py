@@ -164,12 +164,11 @@ def test_loading_restores_every_hyperparameter() -> None:
         error_if_nonfinite=True,
         foreach=True,
         capturable=True,
-        differentiable=True,
     )
     _, target = stepped(0)
     for saved, present in zip(source.state_dict()["param_groups"], target.state_dict()["param_groups"], strict=True):
         structure = {"params", "param_names", "stac_role", "rule", "layer_names", "layer_types"}
-        assert {key for key in saved if saved[key] == present[key]} == {"fused", *structure}
+        assert {key for key in saved if saved[key] == present[key]} == {"fused", "differentiable", *structure}
     target.load_state_dict(through_file(source.state_dict()))
     assert_same_bits(target.state_dict(), source.state_dict())
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stac_optimizer._layers import ROOT, Layers, STACLayer, find_layers
+from stac_optimizer._layers import Layers, STACLayer, find_layers, initialized, layer_of, unwrapped
 from stac_optimizer._validation import warn
 from stac_optimizer.partition import STACPartition, split
 from stac_optimizer.rules import RULES, Group, hyperparameters
@@ -42,7 +42,7 @@ def checked(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     """Hyper-parameters as plain Python values.
 
     Args:
-        values: hyper-parameters by name; other keys are passed over.
+        values: every hyper-parameter by name; other keys are passed over.
         where: what stands before each name in a message.
 
     Raises:
@@ -51,12 +51,11 @@ def checked(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     """
     known = hyperparameters()
     result = {name: known[name].check(where + name, value) for name, value in values.items() if name in known}
-    if result.get("fused") and result.get("foreach"):
-        raise ValueError(f"{where}fused and {where}foreach exclude each other, got True for both")
-    if result.get("fused") and result.get("differentiable"):
-        raise ValueError(f"{where}fused and {where}differentiable exclude each other, got True for both")
-    if isinstance(result.get("lr"), Tensor) and result.get("foreach") and not result.get("capturable"):
-        raise ValueError(f"{where}lr as a tensor with {where}foreach=True needs {where}capturable=True, as in AdamW")
+    for one, other in (("fused", "foreach"), ("fused", "differentiable"), ("foreach", "differentiable")):
+        if result[one] and result[other]:
+            raise ValueError(f"{where}{one} and {other} exclude each other, got True for both")
+    if isinstance(result["lr"], Tensor) and result["foreach"] and not result["capturable"]:
+        raise ValueError(f"{where}lr as a tensor with foreach=True needs capturable=True, as in torch.optim.AdamW")
     return result
 
 
@@ -81,9 +80,12 @@ def build_groups(
         raise TypeError(f"params must be a module, named parameters or group dicts, got {type(params).__name__}")
     given = params if isinstance(params, nn.Module) else list(params)
     if isinstance(given, list) and given and isinstance(given[0], Mapping):
-        if cap is not None:
-            raise ValueError("cap chooses layers of a model; group dicts name their role by stac_role")
-        both = len({group.get("stac_role") for group in given if isinstance(group, Mapping)}) > 1
+        for name, value, default in (("cap", cap, None), ("last_n_layers", last_n_layers, 1)):
+            if value != default:
+                raise ValueError(
+                    f"{name} chooses layers of a model, got {value!r} beside groups that name their stac_role"
+                )
+        both = len({str(group.get("stac_role")) for group in given if isinstance(group, Mapping)}) > 1
         groups = _explicit_groups(given, _role_defaults(defaults, own, both))
     else:
         layers = find_layers(given)
@@ -107,6 +109,8 @@ def _role_defaults(
         result[role] = {**defaults, **{name: known[name].check(f"{role}_{name}", given[name]) for name in given}}
     if both and own["trunk"]["lr"] is None:
         result["trunk"]["lr"] = TRUNK_LR_RATIO * defaults["lr"]
+    for role in ROLE_RULES:
+        checked(result[role], f"{role}: ")
     return result
 
 
@@ -170,9 +174,9 @@ def _explicit_groups(given: Iterable[Any], role_defaults: Mapping[str, Mapping[s
 
 def _one_of(name: str, value: Any, allowed: Iterable[str]) -> str:
     choices = tuple(allowed)
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-    return str(value)
+    return value
 
 
 def _given_params(group: Mapping[str, Any], where: str) -> list[Any]:
@@ -180,11 +184,29 @@ def _given_params(group: Mapping[str, Any], where: str) -> list[Any]:
     if "params" not in group:
         raise ValueError(f"{where}params is missing")
     params = group["params"]
+    if not isinstance(params, Iterable) or isinstance(params, set | frozenset | str | Mapping):
+        raise TypeError(
+            f"{where}params must be a parameter or an ordered iterable of them, got {type(params).__name__}"
+        )
     params = [params] if isinstance(params, Tensor) else list(params)
     if not params:
         raise ValueError(f"{where}params must hold at least one parameter, got none")
     names = group.get("param_names")
-    return list(zip(names, params, strict=True)) if names is not None else params
+    if names is not None and len(names) != len(params):
+        raise ValueError(f"{where}param_names must name each of {len(params)} parameters, got {len(names)} names")
+    items = list(zip(names, params, strict=True)) if names is not None else params
+    return [_given_param(item, f"{where}parameter {number}") for number, item in enumerate(items)]
+
+
+def _given_param(item: Any, where: str) -> Any:
+    """A parameter, or a (name, parameter) pair with the name freed of wrappers."""
+    if not isinstance(item, tuple | list):
+        return initialized(where, item)
+    if len(item) != 2 or not isinstance(item[0], str):
+        raise TypeError(
+            f"{where} must be a parameter or a (name, parameter) pair with a name of type str, got {item!r}"
+        )
+    return unwrapped(item[0]), initialized(item[0], item[1])
 
 
 def _named_layers(params: Iterable[Any]) -> list[STACLayer]:
@@ -192,10 +214,10 @@ def _named_layers(params: Iterable[Any]) -> list[STACLayer]:
     members: dict[str, list[tuple[str, Tensor]]] = {}
     for item in params:
         if isinstance(item, tuple):
-            members.setdefault(item[0].rpartition(".")[0] or ROOT, []).append(item)
+            members.setdefault(layer_of(item[0]), []).append(item)
     return [
-        STACLayer(name=name, parameter_names=names, parameters=parameters)
-        for name, (names, parameters) in ((name, zip(*named, strict=True)) for name, named in members.items())
+        STACLayer(name=name, parameter_names=tuple(n for n, _ in named), parameters=tuple(p for _, p in named))
+        for name, named in members.items()
     ]
 
 
@@ -220,15 +242,22 @@ def named_parameters(groups: Iterable[Group]) -> Iterator[tuple[str, Tensor, Gro
 
 def partition_of(groups: Iterable[Group], nbytes: Callable[[Tensor, Group], int]) -> STACPartition:
     """The partition that groups hold; ``nbytes`` tells the state bytes of one of their parameters."""
-    by_role: dict[str, list[STACLayer]] = {role: [] for role in ROLE_RULES}
-    for group in groups:
-        types = dict(zip(group["layer_names"], group["layer_types"], strict=True))
-        for layer in _named_layers([(name, param) for name, param, _ in named_parameters([group])]):
-            by_role[group["stac_role"]].append(
-                replace(
-                    layer,
-                    type_name=types.get(layer.name, ""),
-                    state_bytes=sum(nbytes(param, group) for param in layer.parameters),
-                )
+    groups = list(groups)
+    types = {
+        name: kind for group in groups for name, kind in zip(group["layer_names"], group["layer_types"], strict=True)
+    }
+    held = list(named_parameters(groups))
+    group_of = {id(param): group for _, param, group in held}
+
+    def layers(role: str) -> tuple[STACLayer, ...]:
+        named = [(name, param) for name, param, group in held if group["stac_role"] == role]
+        return tuple(
+            replace(
+                layer,
+                type_name=types.get(layer.name, ""),
+                state_bytes=sum(nbytes(param, group_of[id(param)]) for param in layer.parameters),
             )
-    return STACPartition(trunk_layers=tuple(by_role["trunk"]), cap_layers=tuple(by_role["cap"]))
+            for layer in _named_layers(named)
+        )
+
+    return STACPartition(trunk_layers=layers("trunk"), cap_layers=layers("cap"))

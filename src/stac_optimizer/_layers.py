@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["Layers", "STACLayer", "find_layers"]
+__all__ = ["ROOT", "Layers", "STACLayer", "find_layers", "initialized", "layer_of", "unwrapped"]
 
 ROOT = "<root>"
 
@@ -74,6 +74,8 @@ def find_layers(model: nn.Module | Iterable[tuple[str, Tensor]]) -> Layers:
         TypeError: ``model`` is neither a module nor an iterable of (name, parameter).
         ValueError: nothing in it is trainable, a name stands twice, or a lazy parameter has no shape yet.
     """
+    if not isinstance(model, nn.Module | Iterable):
+        raise TypeError(f"model must be a module, or (name, parameter) pairs, got {type(model).__name__}")
     layers: list[STACLayer] = []
     modules: list[nn.Module | None] = []
     ties: list[tuple[str, str, str]] = []
@@ -102,7 +104,8 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _initialized(full_name: str, parameter: Tensor) -> Tensor:
+def initialized(full_name: str, parameter: Tensor) -> Tensor:
+    """The parameter itself, unless it is a lazy one that has no shape yet."""
     if is_lazy(parameter):
         raise ValueError(f"parameter {full_name!r} has no shape yet; run the model once before building the optimizer")
     return parameter
@@ -121,11 +124,21 @@ def _held_by_module(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[tup
         cleaned[path] = (clean, module)
         held = module.named_parameters(recurse=False, remove_duplicate=False)
         named = [(_join(clean, name), parameter) for name, parameter in held]
-        yield clean or ROOT, module, [(name, _initialized(name, parameter)) for name, parameter in named]
+        yield clean or ROOT, module, [(name, initialized(name, parameter)) for name, parameter in named]
+
+
+def unwrapped(name: str) -> str:
+    """A parameter's name without those of wrappers. A "module" stays: a user's own submodule may have that name."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPED_NAMES)
+
+
+def layer_of(name: str) -> str:
+    """The name of the layer that a parameter of this name belongs to."""
+    return name.rpartition(".")[0] or ROOT
 
 
 def _held_by_name(named_parameters: Iterable[Any]) -> Iterator[tuple[str, None, list[tuple[str, Tensor]]]]:
-    """The same from names alone. A leading "module" stays: a user's own submodule may have that name."""
+    """The same from names alone."""
     held: dict[str, dict[str, Tensor]] = {}
     for item in named_parameters:
         if not (
@@ -139,11 +152,10 @@ def _held_by_name(named_parameters: Iterable[Any]) -> Iterator[tuple[str, None, 
                 f"a stac_role, got an item of type {type(item).__name__}. Parameters without names do not tell which "
                 "layers they form: pass the model itself"
             )
-        *path, own_name = (part for part in item[0].split(".") if part not in WRAPPED_NAMES)
-        layer = held.setdefault(".".join(path), {})
-        full_name = ".".join((*path, own_name))
-        if full_name in layer:
-            raise ValueError(f"params has the name {full_name!r} twice")
-        layer[full_name] = _initialized(full_name, item[1])
-    for name, parameters in held.items():
-        yield name or ROOT, None, list(parameters.items())
+        name = unwrapped(item[0])
+        layer = held.setdefault(layer_of(name), {})
+        if name in layer:
+            raise ValueError(f"params has the name {name!r} twice")
+        layer[name] = initialized(name, item[1])
+    for layer_name, parameters in held.items():
+        yield layer_name, None, list(parameters.items())

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -40,7 +41,9 @@ __all__ = [
     "has_layout_of",
     "indices_by_device_and_dtype",
     "is_foreach_faster",
+    "local_views",
     "real_views",
+    "sum_over_shards",
     "units",
     "upcast",
 ]
@@ -90,7 +93,8 @@ def count_step_(steps: list[Tensor]) -> None:
 def are_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no tensor holds NaN or infinity. The largest magnitude tells, and unlike a sum it cannot overflow."""
     held = real_views([tensor for tensor in tensors if tensor.numel()])
-    return not held or bool(torch.nn.utils.get_total_norm(held, norm_type=math.inf).isfinite())
+    norm: Any = torch.nn.utils.get_total_norm(held, norm_type=math.inf) if held else torch.zeros(())
+    return bool((norm.full_tensor() if hasattr(norm, "full_tensor") else norm).isfinite())
 
 
 def real_views(tensors: list[Tensor]) -> list[Tensor]:
@@ -133,6 +137,39 @@ def foreach_downcast(results: list[Tensor], stored: list[Tensor]) -> None:
     """:func:`downcast` for a list of one dtype."""
     if results[0] is not stored[0]:
         torch._foreach_copy_(stored, results)
+
+
+PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
+
+
+def local_views(tensors: list[Tensor], likes: list[Tensor] | None = None) -> list[Tensor]:
+    """The local parts of DTensors, the other tensors as they are. Elementwise updates run on them where they lie.
+
+    Args:
+        tensors: plain tensors and DTensors.
+        likes: for each the tensor whose placement it must have, or None where it has it.
+    """
+    if not torch.compiler.is_compiling() and PLAIN_TYPES.issuperset(map(type, tensors)):
+        return tensors
+    return [_local(tensor, tensor if likes is None else likes[i]) for i, tensor in enumerate(tensors)]
+
+
+def _local(tensor: Any, like: Any) -> Tensor:
+    if not hasattr(tensor, "to_local"):
+        return cast(Tensor, tensor)
+    if tensor.placements != like.placements:
+        tensor = tensor.redistribute(like.device_mesh, like.placements)
+    return cast(Tensor, tensor.to_local())
+
+
+def sum_over_shards(value: Tensor, param: Any) -> Tensor:
+    """What each shard of a parameter contributes to a sum, added up; ``value`` itself for a plain parameter."""
+    if not hasattr(param, "to_local"):
+        return value
+    from torch.distributed.tensor import Partial, Replicate  # noqa: PLC0415 - costs time that few need to spend
+
+    placements = [Partial() if placement.is_shard() else Replicate() for placement in param.placements]
+    return cast(Tensor, type(param).from_local(value, param.device_mesh, placements).full_tensor())
 
 
 def has_layout_of(tensor: Tensor, other: Tensor) -> bool:

@@ -36,7 +36,10 @@ Checker = Callable[[str, Any], Any]
 def _real(name: str, value: Any, allowed: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf  # beyond the range of a float, so beyond every range that a caller allows
 
 
 def non_negative(name: str, value: Any) -> float:
@@ -114,6 +117,6 @@ def count(name: str, value: Any, *, least: int = 0) -> int:
 def warn(message: str) -> None:
     """Warn as of the line, outside this package, that called into it."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(__package__):
+    while frame.f_back is not None and f"{frame.f_globals.get('__name__')}.".startswith(f"{__package__}."):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, UserWarning, stacklevel=level)

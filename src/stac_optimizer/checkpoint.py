@@ -18,6 +18,8 @@ __all__ = ["prepare"]
 LEGACY_GROUP_KEYS = frozenset({"trunk_lr", "cap_lr", "trunk_weight_decay", "cap_weight_decay"})
 LEGACY_AVERAGE = "trunk_momentum_buffer"
 
+LR_ROUNDING = 1e-9
+
 
 def prepare(
     state_dict: Mapping[str, Any], param_groups: Sequence[Group]
@@ -73,7 +75,7 @@ def _upgraded(
     for state in new_states.values():
         if LEGACY_AVERAGE in state:
             state["exp_avg"] = state.pop(LEGACY_AVERAGE)
-            state.setdefault("step", max(counted, default=0))
+            state.setdefault("step", max(counted, default=1))
     return new_groups, new_states
 
 
@@ -91,7 +93,10 @@ def _checked_group(saved: dict[str, Any], present: Group, where: str) -> dict[st
         raise ValueError(f"{where}unknown key {unknown[0]!r}")
     structure = {key: present[key] for key in STRUCTURE_KEYS if key in present and key != "params"}
     merged = {**present, **saved, **structure}
-    return {**merged, **checked(merged, where)}
+    # A schedule that ends at zero may end a rounding below it.
+    slightly_negative = isinstance(merged["lr"], float) and -LR_ROUNDING < merged["lr"] < 0
+    values = checked({**merged, "lr": 0.0} if slightly_negative else merged, where)
+    return {**merged, **values, "lr": merged["lr"]} if slightly_negative else {**merged, **values}
 
 
 def _refuse_difference(what: str, saved: Any, present: Any) -> None:
@@ -112,6 +117,7 @@ def _checked_state(saved: Mapping[str, Any], name: str, param: Tensor, group: Gr
     declared = {tensor.key: tensor for tensor in RULES[group["rule"]].state_tensors(group)}
     given = {key: value for key, value in saved.items() if not (isinstance(value, Mapping) and not value)}
     state: dict[str, Any] = {}
+    number = None
     for key, value in given.items():
         what = f"the checkpoint's {key!r} of {name!r}"
         if key in declared and declared[key].counter:
@@ -119,9 +125,11 @@ def _checked_state(saved: Mapping[str, Any], name: str, param: Tensor, group: Gr
             state[key] = torch.tensor(number, dtype=torch.float32, device=declared[key].device(param, group))
         else:
             state[key] = _copied(what, value, param)
+    if number == 0:
+        # Never stepped. Averages beside it are zeros, or left from another run by a partial load into its state dict.
+        return {"step": state["step"]}
     missing = [key for key in declared if key not in given]
-    was_never_stepped = not set(given) - {"step"} and not state.get("step")
-    if missing and not was_never_stepped:
+    if missing and given:
         raise ValueError(f"the checkpoint's state of {name!r} lacks {missing[0]!r}")
     return state
 

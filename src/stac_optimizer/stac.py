@@ -149,7 +149,7 @@ class STAC(Optimizer):
             "capturable": capturable,
             "differentiable": differentiable,
         }
-        defaults = {name: known.default for name, known in hyperparameters().items()} | checked(shared)
+        defaults = checked({name: known.default for name, known in hyperparameters().items()} | shared)
         own = {
             "trunk": {"lr": trunk_lr, "weight_decay": trunk_weight_decay},
             "cap": {"lr": cap_lr, "weight_decay": cap_weight_decay},

@@ -56,6 +56,8 @@ class AdamW(Rule):
 
     def update(self, params: list[Tensor], grads: list[Tensor], states: Sequence[list[Tensor]], group: Group) -> None:
         """Call torch, on the path that the flags ask for."""
+        params, grads = _tensors.local_views(params), _tensors.local_views(grads, params)
+        states = [_tensors.local_views(tensors) for tensors in states]
         if not group["fused"]:
             _adamw(params, grads, states, group, fused=group["fused"], foreach=group["foreach"])
             return

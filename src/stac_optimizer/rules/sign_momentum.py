@@ -73,13 +73,22 @@ class SignMomentum(Rule):
         steps, *averages = states
         _tensors.count_step_(steps)
         kernel = _multi_tensor_sign_momentum if self.path(params, group) == "foreach" else _single_tensor_sign_momentum
-        kernel([_tensors.real_views(tensors) for tensors in (params, grads, *averages)], group)
+        tensorlists = [
+            _tensors.real_views(local)
+            for local in (
+                _tensors.local_views(params),
+                _tensors.local_views(grads, params),
+                *map(_tensors.local_views, averages),
+            )
+        ]
+        kernel(params, tensorlists, group)
 
 
 def _is_step_lost(param: Tensor, lr: float) -> bool:
     if param.dtype not in _tensors.LOW_PRECISION or param.is_meta or not param.numel() or not lr:
         return False
-    weights = param.detach().float()
+    param = _tensors.local_views([param.detach()])[0]
+    weights = param.float()
     stays = ((weights - lr).to(param.dtype) == param) & ((weights + lr).to(param.dtype) == param)
     return bool(stays.float().mean() > 0.5)
 
@@ -103,10 +112,10 @@ def _coefficients(group: Group, device: torch.device) -> tuple[float | Tensor, f
     return lr, 1 - lr * group["weight_decay"] if group["weight_decay"] else None
 
 
-def _mean_of_mask(masks: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The mean over all pieces of a tensor, floored. A count over a number: exact however the tensor is cut."""
-    agreeing = torch.stack([mask.count_nonzero() for mask in masks]).sum()
-    numel = sum(mask.numel() for mask in masks)
+def _mean_of_mask(masks: Sequence[Tensor], whole: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mean over a whole parameter, floored. A count over a number: exact however that is cut or sharded."""
+    agreeing = _tensors.sum_over_shards(torch.stack([mask.count_nonzero() for mask in masks]).sum(), whole)
+    numel = whole.numel() * (2 if whole.is_complex() else 1)
     return (agreeing.to(_tensors.arithmetic_dtype(dtype)) / numel).clamp_(min=LEAST_AGREEMENT)
 
 
@@ -116,22 +125,25 @@ def _mask(average: Tensor, grad: Tensor, group: Group) -> Tensor:
     return product < 0 if group["maximize"] else product > 0
 
 
-def _single_tensor_sign_momentum(tensorlists: Sequence[list[Tensor]], group: Group) -> None:
-    cautious = group["trunk_cautious"]
-    for pieces in _tensors.units(*tensorlists, pack=not cautious):
-        # Piece by piece, while each is in cache; but the mean of a mask is over all pieces, so it wants all averages.
-        for batch in [pieces] if cautious else [[piece] for piece in pieces]:
-            _update_pieces(batch, group)
+def _single_tensor_sign_momentum(wholes: list[Tensor], tensorlists: Sequence[list[Tensor]], group: Group) -> None:
+    if group["trunk_cautious"]:
+        # The mean of a mask is over a whole parameter, so all its averages come before its first weight.
+        for whole, pieces in zip(wholes, _tensors.units(*tensorlists, pack=False), strict=True):
+            _update_pieces(pieces, group, whole)
+    else:
+        for pieces in _tensors.units(*tensorlists, pack=True):
+            for piece in pieces:
+                _update_pieces([piece], group, None)
 
 
-def _update_pieces(pieces: Sequence[Sequence[Tensor]], group: Group) -> None:
-    """Update one unit, given as its pieces: (weight, gradient, average), without momentum (weight, gradient)."""
+def _update_pieces(pieces: Sequence[Sequence[Tensor]], group: Group, whole: Tensor | None) -> None:
+    """Update pieces (weight, gradient, average), without momentum (weight, gradient); masked if of a whole."""
     lr, decay_factor = _coefficients(group, pieces[0][0].device)
     averages = [_average(grad, exp_avg, group) for _, grad, *exp_avg in pieces]
     mean = None
-    if group["trunk_cautious"]:
+    if whole is not None:
         masks = [_mask(average, grad, group) for average, (_, grad, *_) in zip(averages, pieces, strict=True)]
-        mean = _mean_of_mask(masks, averages[0].dtype)
+        mean = _mean_of_mask(masks, whole, averages[0].dtype)
     for average, (param, grad, *_) in zip(averages, pieces, strict=True):
         weight = _tensors.upcast(param)
         if decay_factor is not None:
@@ -154,7 +166,7 @@ def _average(grad: Tensor, exp_avg: Sequence[Tensor], group: Group) -> Tensor:
     return exp_avg[0]
 
 
-def _multi_tensor_sign_momentum(tensorlists: Sequence[list[Tensor]], group: Group) -> None:
+def _multi_tensor_sign_momentum(wholes: list[Tensor], tensorlists: Sequence[list[Tensor]], group: Group) -> None:
     for indices in _tensors.indices_by_device_and_dtype(tensorlists):
         params, grads, *exp_avgs = [[tensors[index] for index in indices] for tensors in tensorlists]
         lr, decay_factor = _coefficients(group, params[0].device)
@@ -166,9 +178,9 @@ def _multi_tensor_sign_momentum(tensorlists: Sequence[list[Tensor]], group: Grou
         _tensors.foreach_add_(directions, averages, alpha=0)  # Note [Non-finite averages]
         directions = _tensors.foreach_upcast(directions)
         if group["trunk_cautious"]:
-            for direction, average, grad in zip(directions, averages, grads, strict=True):
+            for index, direction, average, grad in zip(indices, directions, averages, grads, strict=True):
                 mask = _mask(average, grad, group)
-                direction.mul_(mask).div_(_mean_of_mask([mask], average.dtype))
+                direction.mul_(mask).div_(_mean_of_mask([mask], wholes[index], average.dtype))
         _tensors.foreach_mul_(directions, lr)
         _tensors.foreach_sub_(weights, directions)
         _tensors.foreach_downcast(weights, params)
