@@ -117,15 +117,15 @@ def _checked_state(saved: Mapping[str, Any], name: str, param: Tensor, group: Gr
     declared = {tensor.key: tensor for tensor in RULES[group["rule"]].state_tensors(group)}
     given = {key: value for key, value in saved.items() if not (isinstance(value, Mapping) and not value)}
     state: dict[str, Any] = {}
-    number = None
+    steps = None
     for key, value in given.items():
         what = f"the checkpoint's {key!r} of {name!r}"
         if key in declared and declared[key].counter:
-            number = non_negative(what, value.item() if isinstance(value, Tensor) and value.numel() == 1 else value)
-            state[key] = torch.tensor(number, dtype=torch.float32, device=declared[key].device(param, group))
+            steps = non_negative(what, value.item() if isinstance(value, Tensor) and value.numel() == 1 else value)
+            state[key] = torch.tensor(steps, dtype=torch.float32, device=declared[key].device(param, group))
         else:
             state[key] = _copied(what, value, param)
-    if number == 0:
+    if steps == 0:
         # Never stepped. Averages beside it are zeros, or left from another run by a partial load into its state dict.
         return {"step": state["step"]}
     missing = [key for key in declared if key not in given]
