@@ -228,6 +228,26 @@ def test_loading_leaves_the_given_dict_as_it_was() -> None:
     assert [list(group) for group in saved["param_groups"]] == keys
 
 
+@pytest.mark.parametrize("entry", [{}, {"step": {}, "exp_avg": {}}], ids=["empty", "of-empty-values"])
+def test_state_entry_that_holds_nothing_counts_as_absent(entry: dict[str, Any]) -> None:
+    saved = stepped()[1].state_dict()
+    saved["state"][0] = entry
+    model, optimizer = stepped(2, seed=1)
+    optimizer.load_state_dict(saved)
+    take_steps(model, optimizer, [3])
+    steps = [parameter_state(optimizer, model, name)["step"].item() for name in ("0.weight", "0.bias")]
+    assert steps == [1.0, 4.0]
+
+
+def test_loaded_state_stays_outside_autograd() -> None:
+    saved = copy.deepcopy(stepped()[1].state_dict())
+    for state in saved["state"].values():
+        state["exp_avg"].requires_grad_()
+    _, optimizer = stepped(0)
+    optimizer.load_state_dict(saved)
+    assert not any(state["exp_avg"].requires_grad for state in optimizer.state.values())
+
+
 def test_loading_turns_lists_back_into_tuples() -> None:
     def listed(value: Any) -> Any:
         return [listed(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -224,11 +224,13 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "params-set": (lambda: [{**CAP, "params": {SHARED}}], TypeError, "ordered|set"),
     "too-few-names": (lambda: [{**CAP, "params": [SHARED], "param_names": []}], ValueError, "^group 0: param_names"),
     "name-no-string": (lambda: [{**CAP, "params": [(0, SHARED)]}], TypeError, "group 0: .*name"),
+    "set-of-pairs": (lambda: set(nn.Linear(2, 2).named_parameters()), TypeError, "ordered|set"),
+    "name-twice": (lambda: [{**CAP, "params": [("a", SHARED), ("a", parameter(1))]}], ValueError, "'a' twice"),
     "triple": (lambda: [{**CAP, "params": [("a", SHARED, 1)]}], TypeError, r"group 0: .*\(name, parameter\) pair"),
     "param-no-tensor": (lambda: [{**CAP, "params": [1.0]}], TypeError, "only optimize Tensors.*float"),
     "unnamed-beside-named": (lambda: [{**CAP, "params": [("a", SHARED), parameter(1)]}], ValueError, "without names"),
     "unnamed-group": (lambda: [group_of("cap", "0"), {**CAP, "params": [SHARED]}], ValueError, "without names"),
-    "in-two-groups": (lambda: [{**CAP, "params": [SHARED]}] * 2, ValueError, "more than one parameter group"),
+    "in-two-groups": (lambda: [{**CAP, "params": [SHARED]}] * 2, ValueError, "one parameter twice"),
     "lazy": (lambda: [{**CAP, "params": nn.LazyLinear(2).parameters()}], ValueError, "no shape yet"),
     "dict-then-tensor": (lambda: [group_of("cap", "0"), SHARED], TypeError, "^group 1: expected a dict.*Parameter"),
     "pair-then-dict": (lambda: [("a.w", SHARED), group_of("cap", "0")], TypeError, "type dict"),
@@ -315,7 +317,7 @@ def embedder(embedding: nn.Module) -> Net:
 )
 def test_embedding_in_trunk_warns_with_name_and_both_cures(embedding: nn.Module, names: str) -> None:
     cures = r"trunk_cautious=True, or .* cap=last_layers\(1\) \| embeddings\(\)"
-    with pytest.warns(UserWarning, match=f"^the trunk holds {names}, .*{cures}") as caught:
+    with pytest.warns(UserWarning, match=f"^the trunk holds the embeddings? {names}: .*{cures}") as caught:
         STAC(embedder(embedding))
     assert len(caught) == 1
 

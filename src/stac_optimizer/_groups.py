@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from stac_optimizer._layers import Layers, STACLayer, find_layers, initialized, layer_of, unwrapped
-from stac_optimizer._validation import warn
+from stac_optimizer._validation import count, warn
 from stac_optimizer.partition import STACPartition, split
 from stac_optimizer.rules import RULES, Group, hyperparameters
 from stac_optimizer.selectors import Selector
@@ -76,8 +76,13 @@ def build_groups(
         last_n_layers: see :func:`stac_optimizer.partition_trainable_layers`.
         cap: likewise.
     """
-    if isinstance(params, Tensor | str) or not isinstance(params, Iterable | nn.Module):
+    last_n_layers = count("last_n_layers", last_n_layers)
+    if isinstance(params, Tensor | str | set | frozenset) or not isinstance(params, Iterable | nn.Module):
         raise TypeError(f"params must be a module, named parameters or group dicts, got {type(params).__name__}")
+    if isinstance(params, Mapping):
+        raise TypeError(
+            "params must be a module, named parameters or group dicts with a stac_role, got one dict: put it in a list"
+        )
     given = params if isinstance(params, nn.Module) else list(params)
     if isinstance(given, list) and given and isinstance(given[0], Mapping):
         for name, value, default in (("cap", cap, None), ("last_n_layers", last_n_layers, 1)):
@@ -131,9 +136,10 @@ def _warn_of_embeddings(layers: Layers, partition: STACPartition) -> None:
         if layer.name in trunk and isinstance(module, (nn.Embedding, nn.EmbeddingBag))
     ]
     if found:
+        what = "the embedding" if len(found) == 1 else "the embeddings"
         warn(
-            f"the trunk holds {', '.join(map(repr, found))}, an embedding: rows of tokens that are absent from a batch "
-            "keep moving by the full lr, for the sign of their gradient average outlives their gradient. Pass "
+            f"the trunk holds {what} {', '.join(map(repr, found))}: rows of tokens that are absent from a batch keep "
+            "moving by the full lr, for the sign of their gradient average outlives their gradient. Pass "
             "trunk_cautious=True, or put embeddings in the cap with cap=last_layers(1) | embeddings()"
         )
 
@@ -169,7 +175,24 @@ def _explicit_groups(given: Iterable[Any], role_defaults: Mapping[str, Mapping[s
         structure = {"params": params, **_structure(role, rule, _named_layers(params))}
         kept = {key: group[key] for key in group if key in TORCH_KEYS}
         groups.append({**structure, **kept, **checked({**role_defaults[role], **group}, where)})
+    _refuse_repeated([item for group in groups for item in group["params"]])
     return groups
+
+
+def _refuse_repeated(items: Iterable[Any]) -> None:
+    """A parameter that stands twice would be moved twice, and checkpoints tell parameters by their names."""
+    names: set[str] = set()
+    seen: set[int] = set()
+    for item in items:
+        name, param = item if isinstance(item, tuple) else ("", item)
+        if name and name in names:
+            raise ValueError(f"params has the name {name!r} twice")
+        if id(param) in seen:
+            raise ValueError(
+                f"params has one parameter twice, of shape {tuple(param.shape)}{name and f', named {name!r}'}"
+            )
+        names.add(name)
+        seen.add(id(param))
 
 
 def _one_of(name: str, value: Any, allowed: Iterable[str]) -> str:
@@ -192,6 +215,8 @@ def _given_params(group: Mapping[str, Any], where: str) -> list[Any]:
     if not params:
         raise ValueError(f"{where}params must hold at least one parameter, got none")
     names = group.get("param_names")
+    if names is not None and not isinstance(names, list | tuple):
+        raise TypeError(f"{where}param_names must be a list of names, got {type(names).__name__}")
     if names is not None and len(names) != len(params):
         raise ValueError(f"{where}param_names must name each of {len(params)} parameters, got {len(names)} names")
     items = list(zip(names, params, strict=True)) if names is not None else params

@@ -74,8 +74,8 @@ def find_layers(model: nn.Module | Iterable[tuple[str, Tensor]]) -> Layers:
         TypeError: ``model`` is neither a module nor an iterable of (name, parameter).
         ValueError: nothing in it is trainable, a name stands twice, or a lazy parameter has no shape yet.
     """
-    if not isinstance(model, nn.Module | Iterable):
-        raise TypeError(f"model must be a module, or (name, parameter) pairs, got {type(model).__name__}")
+    if not isinstance(model, nn.Module | Iterable) or isinstance(model, set | frozenset):
+        raise TypeError(f"model must be a module, or (name, parameter) pairs in order, got {type(model).__name__}")
     layers: list[STACLayer] = []
     modules: list[nn.Module | None] = []
     ties: list[tuple[str, str, str]] = []
@@ -122,7 +122,7 @@ def _held_by_module(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[tup
             is_wrapped = own_name in WRAPPED_NAMES or (own_name == "module" and isinstance(parent, WRAPPERS))
             clean = clean_parent if is_wrapped else _join(clean_parent, own_name)
         cleaned[path] = (clean, module)
-        held = module.named_parameters(recurse=False, remove_duplicate=False)
+        held = module.named_parameters(recurse=False)
         named = [(_join(clean, name), parameter) for name, parameter in held]
         yield clean or ROOT, module, [(name, initialized(name, parameter)) for name, parameter in named]
 
@@ -148,9 +148,9 @@ def _held_by_name(named_parameters: Iterable[Any]) -> Iterator[tuple[str, None, 
             and isinstance(item[1], Tensor)
         ):
             raise TypeError(
-                "expected a module, or (name, parameter) pairs as model.named_parameters() gives, or group dicts with "
-                f"a stac_role, got an item of type {type(item).__name__}. Parameters without names do not tell which "
-                "layers they form: pass the model itself"
+                f"expected (name, parameter) pairs as model.named_parameters() gives, got an item of type "
+                f"{type(item).__name__}. Parameters without names do not tell which layers they form: pass the model "
+                "itself, or group dicts with a stac_role"
             )
         name = unwrapped(item[0])
         layer = held.setdefault(layer_of(name), {})

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from stac_optimizer._layers import ROOT, Layers, STACLayer
+from stac_optimizer._layers import Layers, STACLayer
 from stac_optimizer._validation import count, warn
 
 __all__ = ["Selector", "embeddings", "last_layers", "named", "norms", "of_type", "where"]
@@ -147,7 +147,7 @@ def named(*patterns: str) -> Selector:
 
 def _paths(name: str) -> list[str]:
     """The name, and the names of the modules around it."""
-    parts = name.split(".") if name != ROOT else [name]
+    parts = name.split(".")
     return [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
 
 

@@ -43,7 +43,8 @@ class STAC(Optimizer):
             - (name, parameter) pairs as ``model.named_parameters()`` gives, split exactly as the module would be;
             - group dicts, each with ``params`` (parameters, or pairs), an explicit ``stac_role`` of ``"trunk"`` or
               ``"cap"``, and any hyper-parameters of its own (``lr``, ``weight_decay``, ``trunk_momentum``, ...).
-        lr: shared base learning rate in [0, inf); float or one-element tensor.
+        lr: shared base learning rate in [0, inf); float or one-element tensor. Groups do not share a tensor: what is
+            written into this one reaches one group alone, so write into ``group["lr"]`` of each.
         last_n_layers: how many final trainable layers form the cap, 0 or more; 0: all trunk; more than there are: all
             cap.
         cap: a selector of the cap's layers, which replaces ``last_n_layers``; see :mod:`stac_optimizer.selectors`.
@@ -84,8 +85,9 @@ class STAC(Optimizer):
     which the cap reads; ``trunk_momentum`` stays.
 
     Raises:
-        TypeError: an argument of the wrong type, or parameters without names or roles.
-        ValueError: an argument out of range, nothing to train, a selector that matches nothing, an unknown group key.
+        TypeError: an argument of the wrong type, or parameters without names.
+        ValueError: an argument out of range, nothing to train, a selector that matches nothing, a group without role or
+            with an unknown key.
         RuntimeError: from :meth:`step`, before anything has changed: a sparse gradient, a non-finite one under
             ``error_if_nonfinite``, one that the cap's AdamW cannot apply. From :meth:`add_param_group`, always.
 
