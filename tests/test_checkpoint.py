@@ -276,6 +276,18 @@ def test_float32_state_on_bfloat16_weights_keeps_its_dtype_and_steps(last_n_laye
     assert not any(same_bits(before[name], param) for name, param in model.named_parameters())
 
 
+@pytest.mark.parametrize("path", PATHS[:3], ids=["single", "foreach", "fused"])
+def test_bfloat16_state_on_float32_weights_leaves_the_weights_their_precision(path: dict[str, Any]) -> None:
+    source_model, source = built(lambda model: STAC(model, lr=0.1), torch.bfloat16)
+    take_steps(source_model, source, range(3))
+    model, optimizer = stepped(0, **path)
+    optimizer.load_state_dict({**source.state_dict(), "param_groups": optimizer.state_dict()["param_groups"]})
+    take_steps(model, optimizer, [3])
+    for name in ("0.weight", "3.weight"):
+        weight = model.get_parameter(name).detach()
+        assert not torch.equal(weight, weight.bfloat16().float()), name
+
+
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
 def test_loaded_state_has_the_memory_format_of_its_parameter(layout: torch.memory_format) -> None:
     def convolutions(memory_format: torch.memory_format) -> tuple[nn.Module, STAC]:

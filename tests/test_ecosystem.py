@@ -101,7 +101,11 @@ def test_scaler_skips_a_step_whole_where_a_gradient_is_not_finite(
     assert_equal_runs((model, optimizer), (unscaled_model, unscaled))
 
 
-@pytest.mark.parametrize("flags", [(True, True), (True, False), (False, True), (None, None)], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [(True, True), (True, False), (False, True), (None, None)],
+    ids=["both", "trunk-alone", "cap-alone", "neither"],
+)
 def test_amp_scaling_is_advertised_only_where_every_group_is_fused(flags: tuple[bool | None, bool | None]) -> None:
     def mixed() -> tuple[nn.Module, STAC]:
         model = small_model()

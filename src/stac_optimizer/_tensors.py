@@ -91,10 +91,19 @@ def count_step_(steps: list[Tensor]) -> None:
 
 
 def are_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether no tensor holds NaN or infinity. The largest magnitude tells, and unlike a sum it cannot overflow."""
-    held = real_views([tensor for tensor in tensors if tensor.numel()])
-    norm: Any = torch.nn.utils.get_total_norm(held, norm_type=math.inf) if held else torch.zeros(())
-    return bool((norm.full_tensor() if hasattr(norm, "full_tensor") else norm).isfinite())
+    """Whether no tensor holds NaN or infinity, in no shard of it: every rank gets the same answer.
+
+    The largest magnitude tells, and unlike a sum it cannot overflow. Ranks add up flags, for a maximum over ranks can
+    lose a NaN.
+    """
+    held = real_views(local_views([tensor for tensor in tensors if tensor.numel()]))
+    held = [tensor for tensor in held if tensor.numel()]
+    bad = ~torch.nn.utils.get_total_norm(held, norm_type=math.inf).isfinite() if held else torch.zeros(())
+    meshes: dict[Any, Any] = {getattr(tensor, "device_mesh", None): tensor for tensor in tensors}
+    for mesh, sharded in meshes.items():
+        if mesh is not None:
+            bad = _sum_over_ranks(bad.to(sharded.device, torch.float32), sharded, is_summed=[True] * mesh.ndim)
+    return not bad
 
 
 def real_views(tensors: list[Tensor]) -> list[Tensor]:
@@ -166,19 +175,30 @@ def sum_over_shards(value: Tensor, param: Any) -> Tensor:
     """What each shard of a parameter contributes to a sum, added up; ``value`` itself for a plain parameter."""
     if not hasattr(param, "to_local"):
         return value
+    return _sum_over_ranks(value, param, is_summed=[placement.is_shard() for placement in param.placements])
+
+
+def _sum_over_ranks(value: Tensor, sharded: Any, *, is_summed: Sequence[bool]) -> Tensor:
+    """Add up a value over those dimensions of a DTensor's mesh; over the others all ranks have the same."""
     from torch.distributed.tensor import Partial, Replicate  # noqa: PLC0415 - costs time that few need to spend
 
-    placements = [Partial() if placement.is_shard() else Replicate() for placement in param.placements]
-    return cast(Tensor, type(param).from_local(value, param.device_mesh, placements).full_tensor())
+    placements = [Partial() if summed else Replicate() for summed in is_summed]
+    return cast(Tensor, type(sharded).from_local(value, sharded.device_mesh, placements).full_tensor())
 
 
 def has_layout_of(tensor: Tensor, other: Tensor) -> bool:
     """Whether both fill their memory without gaps, element for element in the same order."""
-    return (
-        tensor.stride() == other.stride()
-        and tensor.shape == other.shape
-        and bool(torch.ops.aten.is_non_overlapping_and_dense(other))
-    )
+    return tensor.shape == other.shape and tensor.stride() == other.stride() and _is_dense(other)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the tensor fills its memory without gaps or overlaps, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return tensor.numel() == 0
+        expected *= size
+    return True
 
 
 def blocks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:

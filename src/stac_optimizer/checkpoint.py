@@ -54,7 +54,8 @@ def prepare(
     ids = [number for group in groups for number in group["params"]]
     named = list(named_parameters(param_groups))
     merged = [group for group in loaded for _ in group["params"]]
-    unknown = [number for number in states if number not in set(ids)]
+    known = set(ids)
+    unknown = [number for number in states if number not in known]
     if unknown:
         raise ValueError(f"the checkpoint has state for {unknown[0]!r}, which is in none of its groups")
     state = {

@@ -65,7 +65,8 @@ class STAC(Optimizer):
             GradScaler, which skips such steps itself, it has nothing to do.
         foreach: update lists of tensors at once. None: where torch would, that is on CUDA.
         fused: give the cap torch's fused kernel. The trunk takes its best path without one. Excludes ``foreach`` and
-            ``differentiable``. With ``fused=True`` a GradScaler hands over its scale instead of unscaling gradients.
+            ``differentiable``. With ``fused=True`` a GradScaler hands over its scale instead of unscaling
+            gradients, and the step reads from the device whether one was infinite.
         capturable: keep step counters on the device, so that a CUDA graph can capture the step.
         differentiable: record the step for autograd.
 

@@ -7,6 +7,7 @@ of Adam and Beyond (Reddi et al.), https://openreview.net/forum?id=ryQu7f-RZ.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import ClassVar
 
 import torch
@@ -92,19 +93,22 @@ def _adamw(
     fused: bool | None,
     foreach: bool | None,
 ) -> None:
-    steps, exp_avgs, exp_avg_sqs, *max_exp_avg_sqs = states
-    # A checkpoint may have brought state of another dtype, which it keeps: torch wants one dtype, so work in that.
-    weights = [param.to(exp_avg.dtype) for param, exp_avg in zip(params, exp_avgs, strict=True)]
-    grads = [grad.to(exp_avg.dtype) for grad, exp_avg in zip(grads, exp_avgs, strict=True)]
+    # torch wants one dtype. A checkpoint may have brought state of another, which it keeps: work in the wider one then.
+    dtypes = [
+        reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+        for tensors in zip(params, *states[1:], strict=True)
+    ]
+    stored = [params, *states[1:]]
+    weights, exp_avgs, exp_avg_sqs, *max_exp_avg_sqs = working = [_converted(tensors, dtypes) for tensors in stored]
     lr = group["lr"]
     beta1, beta2 = group["betas"]
     adamw(
         weights,
-        grads,
+        _converted(grads, dtypes),
         exp_avgs,
         exp_avg_sqs,
         max_exp_avg_sqs[0] if max_exp_avg_sqs else [],
-        steps,
+        states[0],
         foreach=foreach,
         capturable=group["capturable"],
         differentiable=group["differentiable"],
@@ -118,5 +122,10 @@ def _adamw(
         eps=group["eps"],
         maximize=group["maximize"],
     )
-    for weight, param in zip(weights, params, strict=True):
-        _tensors.downcast(weight, param)
+    for results, tensors in zip(working, stored, strict=True):
+        for result, tensor in zip(results, tensors, strict=True):
+            _tensors.downcast(result, tensor)
+
+
+def _converted(tensors: list[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    return [tensor.to(dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
