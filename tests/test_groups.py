@@ -227,7 +227,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "set-of-pairs": (lambda: set(nn.Linear(2, 2).named_parameters()), TypeError, "ordered|set"),
     "name-twice": (lambda: [{**CAP, "params": [("a", SHARED), ("a", parameter(1))]}], ValueError, "'a' twice"),
     "triple": (lambda: [{**CAP, "params": [("a", SHARED, 1)]}], TypeError, r"group 0: .*\(name, parameter\) pair"),
-    "param-no-tensor": (lambda: [{**CAP, "params": [1.0]}], TypeError, "only optimize Tensors.*float"),
+    "param-no-tensor": (
+        lambda: [{**CAP, "params": [1.0]}],
+        TypeError,
+        "group 0: parameter 0 must be a parameter or .*got 1.0",
+    ),
     "unnamed-beside-named": (lambda: [{**CAP, "params": [("a", SHARED), parameter(1)]}], ValueError, "without names"),
     "unnamed-group": (lambda: [group_of("cap", "0"), {**CAP, "params": [SHARED]}], ValueError, "without names"),
     "in-two-groups": (lambda: [{**CAP, "params": [SHARED]}] * 2, ValueError, "one parameter twice"),
@@ -362,10 +366,20 @@ class Toy(Rule):
         "toy_gain": Hyperparameter(default=2.0, check=non_negative)
     }
 
+    state_keys = frozenset({"step", "toy_sum"})
+
     def state_tensors(self, group: Group) -> tuple[StateTensor, ...]:
         return StateTensor(key="step", counter=True), StateTensor(key="toy_sum")
 
-    def update(self, params: list[Tensor], grads: list[Tensor], states: Sequence[list[Tensor]], group: Group) -> None:
+    def update(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: Sequence[list[Tensor]],
+        group: Group,
+        grad_scale: Tensor | None = None,
+    ) -> None:
+        assert grad_scale is None
         for param, grad, step, toy_sum in zip(params, grads, *states, strict=True):
             step.add_(1)
             param.sub_(toy_sum.add_(grad) * (group["lr"] * group["toy_gain"]))

@@ -187,6 +187,30 @@ def test_trunk_compiled_step_agrees_by_bits(case: RuleCase, path: str) -> None:
         assert_same_bits(optimizers[0].state[param], optimizers[1].state[compiled[name]], name)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_trunk_compiled_by_inductor_agrees_by_bits(dtype: torch.dtype) -> None:
+    """Non-finite and tiny gradients included, which a compiler might simplify away or round otherwise."""
+    torch._dynamo.reset()
+    tensors = [nn.Parameter(torch.linspace(-1, 1, 40).to(dtype)) for _ in range(2)]
+    optimizers = [
+        STAC([{"params": [("w", tensor)], "stac_role": "trunk"}], lr=0.03, weight_decay=0.1) for tensor in tensors
+    ]
+    step = torch.compile(optimizers[1].step, fullgraph=True)
+    for seed in range(4):
+        gradient = torch.randn(40, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        gradient[:4] = torch.tensor([torch.nan, torch.inf, 2e-7, -1e-7]) if seed == 1 else 0
+        for tensor in tensors:
+            tensor.grad = gradient.clone()
+        optimizers[0].step()
+        step()
+    expected, actual = (tensor.detach().float().nan_to_num(nan=99.0) for tensor in tensors)
+    assert_same_bits(actual, expected)
+    assert actual[:2].tolist() == [99.0, 99.0]
+    averages = [optimizer.state[tensor]["exp_avg"] for optimizer, tensor in zip(optimizers, tensors, strict=True)]
+    assert_same_bits(averages[1].nan_to_num(nan=99.0), averages[0].nan_to_num(nan=99.0))
+
+
 CAP_FLAGS: Mapping[str, Mapping[str, Any]] = {
     "default": {},
     "amsgrad-maximize": {"amsgrad": True, "maximize": True},

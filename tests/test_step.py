@@ -199,3 +199,65 @@ def test_hyperparameter_of_a_group_may_be_changed_between_steps() -> None:
     assert weight.grad is not None
     assert torch.equal(optimizer.state[weight]["exp_avg"], weight.grad * 0.5)
     assert "max_exp_avg_sq" in optimizer.state[model.get_parameter("3.weight")]
+
+
+def test_differentiable_step_of_a_leaf_is_refused_first() -> None:
+    model = small_model()
+    optimizer = STAC(model, differentiable=True)
+    set_gradients(model, 0)
+    before = snapshot(model, optimizer)
+    with pytest.raises(RuntimeError, match=r"'0.weight' \(trunk\) is a leaf .* give clones. Nothing was changed"):
+        optimizer.step()
+    assert_same_bits(snapshot(model, optimizer), before)
+
+
+def test_expanded_parameter_is_refused_at_construction() -> None:
+    """A step could not write to it, and would find that out after others had moved."""
+    expanded = nn.Parameter(torch.ones(1).expand(3))
+    with pytest.raises(ValueError, match=r"'b.w' is expanded: several elements share memory; pass a clone"):
+        STAC([("a.w", nn.Parameter(torch.ones(3))), ("b.w", expanded)])
+
+
+@pytest.mark.parametrize("role", ["trunk", "cap"])
+def test_scaled_float16_gradients_are_unscaled_in_float32(role: str) -> None:
+    """Back in float16 they would underflow, which the scale was there to prevent."""
+    gradient = torch.tensor([1e-3, 2e-3, -4e-3, 1.0], dtype=torch.float16)
+    ours, theirs = (nn.Parameter(torch.full((4,), 0.5, dtype=torch.float16)) for _ in range(2))
+    optimizer: Any = STAC([{"params": [("h.w", ours)], "stac_role": role}], lr=1e-2, fused=True)
+    adamw: Any = torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.0, fused=True)
+    for param, scaled in ((ours, optimizer), (theirs, adamw)):
+        param.grad = gradient.clone()
+        scaled.grad_scale, scaled.found_inf = torch.tensor(65536.0), torch.tensor(0.0)
+        scaled.step()
+    assert ours.grad is not None
+    assert torch.equal(ours.grad, gradient)
+    if role == "cap":
+        assert_same_bits(ours.detach(), theirs.detach())
+    else:
+        assert torch.equal(ours.detach(), 0.5 - 0.01 * torch.sign(gradient))
+
+
+def test_hidden_step_that_makes_state_is_not_counted() -> None:
+    """torch.distributed.checkpoint takes it with lr 0 and zero gradients; to count it would shift AdamW."""
+    models = [small_model(), small_model()]
+    optimizers = [STAC(model) for model in models]
+    rates = [group["lr"] for group in optimizers[0].param_groups]
+    for param in models[0].parameters():
+        param.grad = torch.zeros_like(param)
+    for group in optimizers[0].param_groups:
+        group["lr"] = 0.0
+    optimizers[0].step()
+    assert all(state["step"] == 0 and "exp_avg" in state for state in optimizers[0].state.values())
+    for group, lr in zip(optimizers[0].param_groups, rates, strict=True):
+        group["lr"] = lr
+    for model, optimizer in zip(models, optimizers, strict=True):
+        take_steps(model, optimizer, range(3))
+    assert_same_bits(snapshot(models[0], optimizers[0]), snapshot(models[1], optimizers[1]))
+
+
+def test_first_step_at_lr_zero_with_gradients_is_counted() -> None:
+    """As a warm-up begins: the averages fill."""
+    model = small_model()
+    optimizer = STAC(model, lr=0.0)
+    take_steps(model, optimizer, [0])
+    assert all(state["step"] == 1 and state["exp_avg"].any() for state in optimizer.state.values())

@@ -6,13 +6,13 @@ names), ``stac_role``, ``rule``, ``layer_names``, ``layer_types``, and the hyper
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from stac_optimizer._layers import Layers, STACLayer, find_layers, initialized, layer_of, unwrapped
+from stac_optimizer._layers import Layers, STACLayer, find_layers, layer_of, unwrapped, writable
 from stac_optimizer._validation import count, warn
 from stac_optimizer.partition import STACPartition, split
 from stac_optimizer.rules import RULES, Group, hyperparameters
@@ -225,13 +225,14 @@ def _given_params(group: Mapping[str, Any], where: str) -> list[Any]:
 
 def _given_param(item: Any, where: str) -> Any:
     """A parameter, or a (name, parameter) pair with the name freed of wrappers."""
-    if not isinstance(item, tuple | list):
-        return initialized(where, item)
-    if len(item) != 2 or not isinstance(item[0], str):
+    if isinstance(item, Tensor):
+        return writable(where, item)
+    is_pair = isinstance(item, tuple | list) and len(item) == 2
+    if not (is_pair and isinstance(item[0], str) and isinstance(item[1], Tensor)):
         raise TypeError(
             f"{where} must be a parameter or a (name, parameter) pair with a name of type str, got {item!r}"
         )
-    return unwrapped(item[0]), initialized(item[0], item[1])
+    return unwrapped(item[0]), writable(item[0], item[1])
 
 
 def _named_layers(params: Iterable[Any]) -> list[STACLayer]:
@@ -265,8 +266,8 @@ def named_parameters(groups: Iterable[Group]) -> Iterator[tuple[str, Tensor, Gro
             yield name, param, group
 
 
-def partition_of(groups: Iterable[Group], nbytes: Callable[[Tensor, Group], int]) -> STACPartition:
-    """The partition that groups hold; ``nbytes`` tells the state bytes of one of their parameters."""
+def partition_of(groups: Iterable[Group], state: Mapping[Tensor, Mapping[str, Tensor]]) -> STACPartition:
+    """The partition that groups hold, with the bytes of their parameters' state."""
     groups = list(groups)
     types = {
         name: kind for group in groups for name, kind in zip(group["layer_names"], group["layer_types"], strict=True)
@@ -274,13 +275,18 @@ def partition_of(groups: Iterable[Group], nbytes: Callable[[Tensor, Group], int]
     held = list(named_parameters(groups))
     group_of = {id(param): group for _, param, group in held}
 
+    def nbytes(param: Tensor) -> int:
+        group = group_of[id(param)]
+        return RULES[group["rule"]].nbytes(param, state.get(param, {}), group)
+
     def layers(role: str) -> tuple[STACLayer, ...]:
         named = [(name, param) for name, param, group in held if group["stac_role"] == role]
         return tuple(
             replace(
                 layer,
                 type_name=types.get(layer.name, ""),
-                state_bytes=sum(nbytes(param, group_of[id(param)]) for param in layer.parameters),
+                state_bytes=sum(map(nbytes, layer.parameters)),
+                amsgrad=any(group["amsgrad"] for group in groups),
             )
             for layer in _named_layers(named)
         )

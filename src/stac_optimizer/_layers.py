@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["ROOT", "Layers", "STACLayer", "find_layers", "initialized", "layer_of", "unwrapped"]
+__all__ = ["ROOT", "Layers", "STACLayer", "find_layers", "layer_of", "unwrapped", "writable"]
 
 ROOT = "<root>"
 
@@ -29,6 +29,7 @@ class STACLayer:
         parameters: those parameters.
         type_name: the class name of the module; empty where only names were given.
         state_bytes: bytes of optimizer state that these parameters have once they have stepped; None without optimizer.
+        amsgrad: whether the AdamW to compare with is AMSGrad.
     """
 
     name: str
@@ -36,11 +37,18 @@ class STACLayer:
     parameters: tuple[Tensor, ...]
     type_name: str = ""
     state_bytes: int | None = None
+    amsgrad: bool = False
 
     @property
     def numel(self) -> int:
         """How many weights the layer owns."""
         return sum(parameter.numel() for parameter in self.parameters)
+
+    @property
+    def adamw_bytes(self) -> int:
+        """State bytes of ``torch.optim.AdamW``: two averages, three for AMSGrad, and a float32 counter."""
+        averages = 3 if self.amsgrad else 2
+        return sum(averages * parameter.numel() * parameter.element_size() + 4 for parameter in self.parameters)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,10 +112,12 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def initialized(full_name: str, parameter: Tensor) -> Tensor:
-    """The parameter itself, unless it is a lazy one that has no shape yet."""
+def writable(full_name: str, parameter: Tensor) -> Tensor:
+    """The parameter itself, unless a step could not write to it."""
     if is_lazy(parameter):
         raise ValueError(f"parameter {full_name!r} has no shape yet; run the model once before building the optimizer")
+    if any(stride == 0 and size > 1 for stride, size in zip(parameter.stride(), parameter.shape, strict=True)):
+        raise ValueError(f"parameter {full_name!r} is expanded: several elements share memory; pass a clone")
     return parameter
 
 
@@ -124,7 +134,7 @@ def _held_by_module(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[tup
         cleaned[path] = (clean, module)
         held = module.named_parameters(recurse=False)
         named = [(_join(clean, name), parameter) for name, parameter in held]
-        yield clean or ROOT, module, [(name, initialized(name, parameter)) for name, parameter in named]
+        yield clean or ROOT, module, [(name, writable(name, parameter)) for name, parameter in named]
 
 
 def unwrapped(name: str) -> str:
@@ -156,6 +166,6 @@ def _held_by_name(named_parameters: Iterable[Any]) -> Iterator[tuple[str, None, 
         layer = held.setdefault(layer_of(name), {})
         if name in layer:
             raise ValueError(f"params has the name {name!r} twice")
-        layer[name] = initialized(name, item[1])
+        layer[name] = writable(name, item[1])
     for layer_name, parameters in held.items():
         yield layer_name, None, list(parameters.items())

@@ -45,6 +45,7 @@ __all__ = [
     "real_views",
     "sum_over_shards",
     "units",
+    "unscaled",
     "upcast",
 ]
 
@@ -184,6 +185,13 @@ def _sum_over_ranks(value: Tensor, sharded: Any, *, is_summed: Sequence[bool]) -
 
     placements = [Partial() if summed else Replicate() for summed in is_summed]
     return cast(Tensor, type(sharded).from_local(value, sharded.device_mesh, placements).full_tensor())
+
+
+def unscaled(grads: list[Tensor], grad_scale: Tensor | None) -> list[Tensor]:
+    """Gradients divided by a scale, as copies: in arithmetic precision, or what the scale saved would underflow."""
+    if grad_scale is None:
+        return grads
+    return [upcast(grad) / grad_scale.to(grad.device) for grad in grads]
 
 
 def has_layout_of(tensor: Tensor, other: Tensor) -> bool:

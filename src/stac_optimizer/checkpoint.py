@@ -82,8 +82,8 @@ def _upgraded(
 
 def _checked_group(saved: dict[str, Any], present: Group, where: str) -> dict[str, Any]:
     """The saved group, completed by the present one where it lacks a key."""
-    if "params" not in saved:
-        raise ValueError(f"{where}params is missing")
+    if not isinstance(saved.get("params"), list):
+        raise ValueError(f"{where}params must be a list, got {saved.get('params')!r}")
     fallback = {"rule": present["rule"], "param_names": present.get("param_names")}  # 0.1.2 did not save these
     for key in ("stac_role", "rule", "layer_names", "param_names"):
         _refuse_difference(where + key, saved.get(key, fallback.get(key)), present.get(key))
@@ -121,7 +121,11 @@ def _checked_state(saved: Mapping[str, Any], name: str, param: Tensor, group: Gr
     steps = None
     for key, value in given.items():
         what = f"the checkpoint's {key!r} of {name!r}"
-        if key in declared and declared[key].counter:
+        if key not in RULES[group["rule"]].state_keys:
+            raise ValueError(f"{what} is no state of the rule {group['rule']!r}")
+        if key not in declared:
+            continue  # of a hyper-parameter that has been switched off
+        if declared[key].counter:
             steps = non_negative(what, value.item() if isinstance(value, Tensor) and value.numel() == 1 else value)
             state[key] = torch.tensor(steps, dtype=torch.float32, device=declared[key].device(param, group))
         else:

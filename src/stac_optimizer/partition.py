@@ -72,17 +72,15 @@ def _layer_count(layers: Iterable[STACLayer]) -> str:
 
 
 def _amounts(layers: Iterable[STACLayer], total: int) -> tuple[str, str, str, str]:
-    """Parameters, their share of all, state bytes, and the state bytes of AdamW: two tensors and a float32 counter."""
+    """Parameters, their share of all, and the bytes of state."""
     layers = tuple(layers)
     numel = sum(layer.numel for layer in layers)
     state_bytes = [layer.state_bytes for layer in layers]
-    known = [number for number in state_bytes if number is not None]
-    adamw = sum(2 * p.numel() * p.element_size() + 4 for layer in layers for p in layer.parameters)
     return (
         f"{numel:,}",
         f"{numel / max(total, 1):.1%}",
-        f"{sum(known):,}" if len(known) == len(state_bytes) else "-",
-        f"{adamw:,}",
+        "-" if None in state_bytes else f"{sum(number or 0 for number in state_bytes):,}",
+        f"{sum(layer.adamw_bytes for layer in layers):,}",
     )
 
 

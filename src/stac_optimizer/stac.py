@@ -170,14 +170,7 @@ class STAC(Optimizer):
     @property
     def partition(self) -> STACPartition:
         """The layers of trunk and cap, with the bytes of their state; ``print`` shows them as a table."""
-        return partition_of(self.param_groups, self._state_nbytes)
-
-    def _state_nbytes(self, param: Tensor, group: Group) -> int:
-        state = self.state.get(param, {})
-        return sum(
-            state[tensor.key].nbytes if tensor.key in state else tensor.nbytes(param)
-            for tensor in RULES[group["rule"]].state_tensors(group)
-        )
+        return partition_of(self.param_groups, self.state)
 
     # Found by torch.amp.GradScaler, which then leaves gradients scaled and sets grad_scale and found_inf for the step.
     @property
@@ -226,17 +219,32 @@ class STAC(Optimizer):
         if found_inf is None and any(group["error_if_nonfinite"] for group in self.param_groups):
             self._check_finite()
         gathered = []
+        only_makes_state = self._only_makes_state()
         for group in self.param_groups:
             params: list[Tensor] = []
             grads: list[Tensor] = []
             states: list[list[Tensor]] = [[] for _ in RULES[group["rule"]].state_tensors(group)]
             self._init_group(group, params, grads, *states)
             gathered.append((group, params, grads, states))
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         for group, params, grads, states in gathered:
-            if params:
+            if params and not only_makes_state:
                 with torch.set_grad_enabled(group["differentiable"]):
-                    RULES[group["rule"]].update(params, self._unscaled(grads), states, group)
+                    RULES[group["rule"]].update(params, grads, states, group, grad_scale)
         return loss
+
+    def _only_makes_state(self) -> bool:
+        """Whether this is the hidden first step of torch.distributed.checkpoint, which is after the state alone.
+
+        It has no lr and no gradient but zeros. To count it would change AdamW's bias correction for all later steps.
+        """
+        if self.state or torch.compiler.is_compiling() or any(group["lr"] for group in self.param_groups):
+            return False
+        return not any(
+            param.grad is not None and bool(param.grad.any())
+            for group in self.param_groups
+            for param in group["params"]
+        )
 
     def _check_gradients(self) -> None:
         for group in self.param_groups:
@@ -277,11 +285,6 @@ class STAC(Optimizer):
                 grads.append(grad)
                 for values, key in held:
                     values.append(state[key])
-
-    def _unscaled(self, grads: list[Tensor]) -> list[Tensor]:
-        """Gradients divided by a GradScaler's scale, where it left that to the step; as copies, they are read-only."""
-        scale: Tensor | None = getattr(self, "grad_scale", None)
-        return grads if scale is None else [grad / scale.to(grad.device) for grad in grads]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned, or a checkpoint of stac-optimizer 0.1.2.

@@ -85,6 +85,9 @@ class Rule(ABC):
     hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {}
     """Group keys that the rule reads besides the common ones. One that another rule has too means the same there."""
 
+    state_keys: ClassVar[frozenset[str]]
+    """Every key that :meth:`state_tensors` may declare, whatever the hyper-parameters."""
+
     paths: ClassVar[frozenset[str]] = frozenset({"single", "foreach"})
     """The ways it can run: "single", "foreach", "fused"."""
 
@@ -93,21 +96,40 @@ class Rule(ABC):
         """The state that one parameter has under this group's hyper-parameters, counter first."""
 
     @abstractmethod
-    def update(self, params: list[Tensor], grads: list[Tensor], states: Sequence[list[Tensor]], group: Group) -> None:
-        """Update parameters in place. ``states`` has one list for each of :meth:`state_tensors`, in that order.
+    def update(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: Sequence[list[Tensor]],
+        group: Group,
+        grad_scale: Tensor | None = None,
+    ) -> None:
+        """Update parameters in place. Called without gradient recording, unless the group is differentiable.
 
-        Gradients are read-only. Called without gradient recording, unless the group is differentiable.
+        Args:
+            params: those that have a gradient, at least one.
+            grads: their gradients, read-only.
+            states: one list for each of :meth:`state_tensors`, in that order.
+            group: the group that holds them.
+            grad_scale: what a GradScaler left the gradients multiplied by.
         """
 
     def refusal(self, param: Tensor, grad: Tensor, group: Group) -> str | None:
         """Why this gradient cannot be applied, or None. Asked for every parameter before any of them changes."""
         if grad.layout != torch.strided:
             return f"has a gradient of layout {grad.layout}; make it dense, for embeddings with sparse=False"
+        if group["differentiable"] and param.is_leaf and param.requires_grad:
+            return "is a leaf that requires grad, which a differentiable step cannot change in place; give clones"
         return None
 
     def advice(self, names: Sequence[str], params: Sequence[Tensor], group: Group) -> str | None:
         """What the user should be warned of at construction, or None."""
         return None
+
+    def nbytes(self, param: Tensor, state: Mapping[str, Tensor], group: Group) -> int:
+        """State bytes of one parameter once it has stepped: as held, as declared where nothing is held yet."""
+        tensors = self.state_tensors(group)
+        return sum(state[t.key].nbytes if t.key in state else t.nbytes(param) for t in tensors)
 
     def path(self, params: Sequence[Tensor], group: Group) -> str:
         """The path that the flags ask for; without flags the fastest safe one, as torch chooses."""

@@ -34,6 +34,7 @@ class AdamW(Rule):
         "eps": Hyperparameter(default=1e-8, check=non_negative),
         "amsgrad": Hyperparameter(default=False, check=boolean),
     }
+    state_keys = frozenset({"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"})
     paths = frozenset({"single", "foreach", "fused"})
 
     def state_tensors(self, group: Group) -> tuple[StateTensor, ...]:
@@ -47,7 +48,7 @@ class AdamW(Rule):
         if reason is not None:
             return reason
         if grad.dtype != param.dtype:
-            return f"is {param.dtype} and its gradient {grad.dtype}; AdamW needs one dtype"
+            return f"is {param.dtype} and its gradient {grad.dtype}; AdamW needs one dtype, so convert the gradient"
         device = param.device.type
         if group["fused"] and not (device in _tensors.fused_devices() and param.is_floating_point()):
             return f"is {param.dtype} on {device!r}, for which torch has no fused AdamW; use fused=False"
@@ -55,11 +56,19 @@ class AdamW(Rule):
             return f"is on {device!r}, which cannot be captured; use capturable=False"
         return None
 
-    def update(self, params: list[Tensor], grads: list[Tensor], states: Sequence[list[Tensor]], group: Group) -> None:
+    def update(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: Sequence[list[Tensor]],
+        group: Group,
+        grad_scale: Tensor | None = None,
+    ) -> None:
         """Call torch, on the path that the flags ask for."""
         params, grads = _tensors.local_views(params), _tensors.local_views(grads, params)
         states = [_tensors.local_views(tensors) for tensors in states]
         if not group["fused"]:
+            grads = _tensors.unscaled(grads, grad_scale)
             _adamw(params, grads, states, group, fused=group["fused"], foreach=group["foreach"])
             return
         # Note [Fused AdamW and layouts]
@@ -69,15 +78,19 @@ class AdamW(Rule):
         dense = [_tensors.has_layout_of(exp_avg, param) for param, exp_avg in zip(params, states[1], strict=True)]
         for fused in (True, False):
             chosen = [index for index, is_dense in enumerate(dense) if is_dense is fused]
-            if chosen:
-                _adamw(
-                    [params[i] for i in chosen],
-                    [_in_layout_of(params[i], grads[i]) if fused else grads[i] for i in chosen],
-                    [[tensors[i] for i in chosen] for tensors in states],
-                    group,
-                    fused=fused,
-                    foreach=False,
-                )
+            if not chosen:
+                continue
+            some_params, some_grads = [params[i] for i in chosen], [grads[i] for i in chosen]
+            some_states = [[tensors[i] for i in chosen] for tensors in states]
+            if fused:
+                # torch's kernel writes the unscaled gradients back, so with a scale it gets copies.
+                in_layout = [
+                    _in_layout_of(param, grad if grad_scale is None else grad.clone())
+                    for param, grad in zip(some_params, some_grads, strict=True)
+                ]
+                _adamw(some_params, in_layout, some_states, group, fused=True, grad_scale=grad_scale)
+            else:
+                _adamw(some_params, _tensors.unscaled(some_grads, grad_scale), some_states, group, foreach=False)
 
 
 def _in_layout_of(param: Tensor, grad: Tensor) -> Tensor:
@@ -90,8 +103,9 @@ def _adamw(
     states: Sequence[list[Tensor]],
     group: Group,
     *,
-    fused: bool | None,
-    foreach: bool | None,
+    fused: bool | None = None,
+    foreach: bool | None = None,
+    grad_scale: Tensor | None = None,
 ) -> None:
     # torch wants one dtype. A checkpoint may have brought state of another, which it keeps: work in the wider one then.
     dtypes = [
@@ -113,6 +127,7 @@ def _adamw(
         capturable=group["capturable"],
         differentiable=group["differentiable"],
         fused=fused,
+        grad_scale=grad_scale,
         has_complex=any(param.is_complex() for param in params),
         amsgrad=group["amsgrad"],
         beta1=beta1,

@@ -51,6 +51,8 @@ class SignMomentum(Rule):
         "trunk_cautious": Hyperparameter(default=False, check=boolean),
     }
 
+    state_keys = frozenset({"step", "exp_avg"})
+
     def state_tensors(self, group: Group) -> tuple[StateTensor, ...]:
         """The counter, and with momentum the average."""
         step = StateTensor(key="step", counter=True)
@@ -65,23 +67,24 @@ class SignMomentum(Rule):
         return (
             f"an lr of {lr:g} is less than half the spacing between neighbouring values for most weights of "
             f"{', '.join(map(repr, stuck))}, so their steps round to nothing. Keep float32 weights (and compute under "
-            "torch.autocast), raise trunk_lr, or put these layers in the cap"
+            "torch.autocast) or raise trunk_lr"
         )
 
-    def update(self, params: list[Tensor], grads: list[Tensor], states: Sequence[list[Tensor]], group: Group) -> None:
+    def update(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: Sequence[list[Tensor]],
+        group: Group,
+        grad_scale: Tensor | None = None,
+    ) -> None:
         """Count the step and run the kernel of the path that the flags ask for."""
         steps, *averages = states
         _tensors.count_step_(steps)
+        grads = _tensors.unscaled(_tensors.local_views(grads, params), grad_scale)
+        local = (_tensors.local_views(params), grads, *map(_tensors.local_views, averages))
         kernel = _multi_tensor_sign_momentum if self.path(params, group) == "foreach" else _single_tensor_sign_momentum
-        tensorlists = [
-            _tensors.real_views(local)
-            for local in (
-                _tensors.local_views(params),
-                _tensors.local_views(grads, params),
-                *map(_tensors.local_views, averages),
-            )
-        ]
-        kernel(params, tensorlists, group)
+        kernel(params, [_tensors.real_views(tensors) for tensors in local], group)
 
 
 def _is_step_lost(param: Tensor, lr: float) -> bool:
@@ -97,7 +100,8 @@ def _is_step_lost(param: Tensor, lr: float) -> bool:
 # A difference in the last bit of m can flip a sign and so move a weight by 2 lr. So the paths run the same operations
 # in the same order, and each operation is a single correctly rounded one: m + (1 - mu)(g - m) is written out, not
 # lerp_, because a fused multiply-add rounds once where two operations round twice, and kernels differ in using it.
-# Low precision: see Note [Low-precision arithmetic]; the sign is that of m as stored.
+# Low precision: see Note [Low-precision arithmetic]; the sign is that of m before it is rounded to be stored, which in
+# float16 may leave nothing of a small average.
 #
 # Note [Non-finite averages]
 # torch.sign(nan) is 0, which would freeze a weight for ever without a word. sign(m) + 0 * m is sign(m) for every finite
@@ -112,58 +116,65 @@ def _coefficients(group: Group, device: torch.device) -> tuple[float | Tensor, f
     return lr, 1 - lr * group["weight_decay"] if group["weight_decay"] else None
 
 
-def _mean_of_mask(masks: Sequence[Tensor], whole: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mean over a whole parameter, floored. A count over a number: exact however that is cut or sharded."""
-    agreeing = _tensors.sum_over_shards(torch.stack([mask.count_nonzero() for mask in masks]).sum(), whole)
-    numel = whole.numel() * (2 if whole.is_complex() else 1)
-    return (agreeing.to(_tensors.arithmetic_dtype(dtype)) / numel).clamp_(min=LEAST_AGREEMENT)
-
-
 def _mask(average: Tensor, grad: Tensor, group: Group) -> Tensor:
     """[m * g > 0], by the signs, for the product may underflow. ``grad`` is as it came, not negated."""
     product = torch.sign(average) * torch.sign(grad)
     return product < 0 if group["maximize"] else product > 0
 
 
+def _mean_of_mask(counts: Sequence[Tensor], whole: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mean over a whole parameter, floored. A count over a number: exact however that is cut or sharded."""
+    agreeing = _tensors.sum_over_shards(torch.stack(list(counts)).sum(), whole)
+    numel = whole.numel() * (2 if whole.is_complex() else 1)
+    return (agreeing.to(dtype) / numel).clamp_(min=LEAST_AGREEMENT)
+
+
 def _single_tensor_sign_momentum(wholes: list[Tensor], tensorlists: Sequence[list[Tensor]], group: Group) -> None:
     if group["trunk_cautious"]:
-        # The mean of a mask is over a whole parameter, so all its averages come before its first weight.
         for whole, pieces in zip(wholes, _tensors.units(*tensorlists, pack=False), strict=True):
-            _update_pieces(pieces, group, whole)
+            # The mean is over the whole parameter, so it comes before the first weight. Averages are stored by the
+            # update alone: computed twice they cost less than kept.
+            counts = [_agreement(grad, exp_avg, group) for _, grad, *exp_avg in pieces]
+            mean = _mean_of_mask(counts, whole, _tensors.arithmetic_dtype(pieces[0][0].dtype))
+            for piece in pieces:
+                _update_piece(piece, mean, group)
     else:
         for pieces in _tensors.units(*tensorlists, pack=True):
             for piece in pieces:
-                _update_pieces([piece], group, None)
+                _update_piece(piece, None, group)
 
 
-def _update_pieces(pieces: Sequence[Sequence[Tensor]], group: Group, whole: Tensor | None) -> None:
-    """Update pieces (weight, gradient, average), without momentum (weight, gradient); masked if of a whole."""
-    lr, decay_factor = _coefficients(group, pieces[0][0].device)
-    averages = [_average(grad, exp_avg, group) for _, grad, *exp_avg in pieces]
-    mean = None
-    if whole is not None:
-        masks = [_mask(average, grad, group) for average, (_, grad, *_) in zip(averages, pieces, strict=True)]
-        mean = _mean_of_mask(masks, whole, averages[0].dtype)
-    for average, (param, grad, *_) in zip(averages, pieces, strict=True):
-        weight = _tensors.upcast(param)
-        if decay_factor is not None:
-            weight.mul_(decay_factor)
-        direction = _tensors.upcast(torch.sign(average).add_(average, alpha=0))  # Note [Non-finite averages]
-        if mean is not None:
-            direction.mul_(_mask(average, grad, group)).div_(mean)
-        weight.sub_(direction.mul_(lr))
-        _tensors.downcast(weight, param)
+def _agreement(grad: Tensor, exp_avg: Sequence[Tensor], group: Group) -> Tensor:
+    """How many elements of the mask are set once the average is updated."""
+    average, change = _average(grad, exp_avg, group)
+    return _mask(average if change is None else average + change, grad, group).count_nonzero()
 
 
-def _average(grad: Tensor, exp_avg: Sequence[Tensor], group: Group) -> Tensor:
-    """Update the average, if there is one, and return it; without momentum it is the gradient."""
-    grad = -grad if group["maximize"] else grad
+def _average(grad: Tensor, exp_avg: Sequence[Tensor], group: Group) -> tuple[Tensor, Tensor | None]:
+    """The average in arithmetic precision and the change due to it; without momentum the gradient and None."""
+    grad = _tensors.upcast(-grad if group["maximize"] else grad)
     if not exp_avg:
-        return grad
+        return grad, None
     average = _tensors.upcast(exp_avg[0])
-    average.add_((_tensors.upcast(grad) - average).mul_(1 - group["trunk_momentum"]))
-    _tensors.downcast(average, exp_avg[0])
-    return exp_avg[0]
+    return average, (grad - average).mul_(1 - group["trunk_momentum"])
+
+
+def _update_piece(piece: Sequence[Tensor], mean: Tensor | None, group: Group) -> None:
+    """Update a piece (weight, gradient, average), without momentum (weight, gradient); masked if there is a mean."""
+    param, grad, *exp_avg = piece
+    lr, decay_factor = _coefficients(group, param.device)
+    average, change = _average(grad, exp_avg, group)
+    if change is not None:
+        average.add_(change)
+        _tensors.downcast(average, exp_avg[0])
+    weight = _tensors.upcast(param)
+    if decay_factor is not None:
+        weight.mul_(decay_factor)
+    direction = torch.sign(average).add_(average, alpha=0)  # Note [Non-finite averages]
+    if mean is not None:
+        direction.mul_(_mask(average, grad, group)).div_(mean)
+    weight.sub_(direction.mul_(lr))
+    _tensors.downcast(weight, param)
 
 
 def _multi_tensor_sign_momentum(wholes: list[Tensor], tensorlists: Sequence[list[Tensor]], group: Group) -> None:
@@ -176,24 +187,23 @@ def _multi_tensor_sign_momentum(wholes: list[Tensor], tensorlists: Sequence[list
             _tensors.foreach_mul_(weights, decay_factor)
         directions = list(_tensors.foreach_sign(averages))
         _tensors.foreach_add_(directions, averages, alpha=0)  # Note [Non-finite averages]
-        directions = _tensors.foreach_upcast(directions)
         if group["trunk_cautious"]:
             for index, direction, average, grad in zip(indices, directions, averages, grads, strict=True):
                 mask = _mask(average, grad, group)
-                direction.mul_(mask).div_(_mean_of_mask([mask], wholes[index], average.dtype))
+                direction.mul_(mask).div_(_mean_of_mask([mask.count_nonzero()], wholes[index], direction.dtype))
         _tensors.foreach_mul_(directions, lr)
         _tensors.foreach_sub_(weights, directions)
         _tensors.foreach_downcast(weights, params)
 
 
 def _multi_tensor_average(grads: list[Tensor], exp_avgs: Sequence[list[Tensor]], group: Group) -> list[Tensor]:
-    """:func:`_average` for lists of one device and dtype."""
-    grads = list(_tensors.foreach_neg(grads)) if group["maximize"] else grads
+    """Update and return the averages, in arithmetic precision, of lists of one device and dtype."""
+    grads = _tensors.foreach_upcast(list(_tensors.foreach_neg(grads)) if group["maximize"] else grads)
     if not exp_avgs:
         return grads
     averages = _tensors.foreach_upcast(exp_avgs[0])
-    differences = _tensors.foreach_sub(_tensors.foreach_upcast(grads), averages)
+    differences = _tensors.foreach_sub(grads, averages)
     _tensors.foreach_mul_(differences, 1 - group["trunk_momentum"])
     _tensors.foreach_add_(averages, differences)
     _tensors.foreach_downcast(averages, exp_avgs[0])
-    return exp_avgs[0]
+    return averages
