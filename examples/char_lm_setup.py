@@ -33,7 +33,7 @@ class Settings:
 
     steps: int = setting(600, "length of the whole schedule, also when a run stops earlier")
     warmup: int = setting(30, "steps of linear warm-up before the cosine decay to a tenth")
-    validate_every: int = setting(50, "steps between two validation points")
+    validate_every: int = setting(75, "steps between two validation points")
     batch_size: int = setting(32, "windows per batch")
     context: int = setting(64, "characters per window")
     width: int = setting(64, "size of the residual stream")

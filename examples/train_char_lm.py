@@ -162,6 +162,13 @@ def make_parser() -> argparse.ArgumentParser:
     """Return a parser with the options of one command and, unset unless given, one option per field of ``Settings``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="where to train, for example cuda (default: %(default)s)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="CPU threads; on tensors this small a second one gains a third at best, and on a busy machine loses much "
+        "(default: %(default)s)",
+    )
     parser.add_argument("--stop-at", type=int, help="stop after this step of the schedule (default: its end)")
     parser.add_argument("--save", type=Path, metavar="PATH", help="write a checkpoint here at the end")
     parser.add_argument("--resume", type=Path, metavar="PATH", help="continue from this checkpoint, under its settings")
@@ -203,6 +210,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Summary]:
     """Train, print the split and the comparison, draw the curves; return the summaries by optimizer."""
     parser = make_parser()
     options = parser.parse_args(argv)
+    if options.threads < 1:
+        parser.error("--threads must be at least 1")
+    torch.set_num_threads(options.threads)
     try:
         run = open_run(options)
     except ValueError as error:

@@ -1,0 +1,93 @@
+"""Who takes part in the benchmark of steps: a table of names and of how to build each optimizer. No measuring here."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch.optim import Optimizer
+
+from benchmark_shapes import Workload
+from stac_optimizer import STAC
+
+__all__ = ["BASELINE", "CONTESTANTS", "Contestant", "LeftOutError"]
+
+BASELINE = "AdamW"
+# What a step costs does not hang on these; all get the same.
+SHARED: dict[str, Any] = {"lr": 1e-3, "weight_decay": 1e-2}
+
+
+class LeftOutError(Exception):
+    """Why a contestant cannot take part."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A name and how to build the optimizer; a foreign one may fail, and is then left out."""
+
+    name: str
+    build: Callable[[Workload], Optimizer]
+    foreign: bool = False
+
+
+def stac(*, split: bool = False, **arguments: Any) -> Callable[[Workload], Optimizer]:
+    """STAC as a trunk alone, or with what belongs there in the cap."""
+
+    def build(workload: Workload) -> Optimizer:
+        roles = {"trunk": workload.named(in_cap=False if split else None), "cap": workload.named(in_cap=True)}
+        if split and not roles["cap"]:
+            raise LeftOutError("these shapes have no cap")
+        groups = [{"params": roles[role], "stac_role": role} for role in (("trunk", "cap") if split else ("trunk",))]
+        return STAC(groups, **SHARED, **arguments)
+
+    return build
+
+
+def peer(path: str, *, matrices: bool = False, cuda: bool = False, **arguments: Any) -> Callable[[Workload], Optimizer]:
+    """An optimizer by its import path; of the trunk's matrices alone, or for CUDA alone, where so said."""
+
+    def build(workload: Workload) -> Optimizer:
+        module, _, name = path.rpartition(".")
+        try:
+            make = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise LeftOutError(str(error)) from error
+        if cuda and workload.device.type != "cuda":
+            raise LeftOutError("runs on CUDA alone")
+        params = workload.trunk_matrices() if matrices else workload.parameters
+        if not params:
+            raise LeftOutError("these shapes have no matrices")
+        optimizer: Optimizer = make(params, **SHARED, **arguments)
+        return optimizer
+
+    return build
+
+
+# One row per contestant: a new path or state dtype is a new row.
+CONTESTANTS = (
+    Contestant(BASELINE, peer("torch.optim.AdamW")),
+    Contestant("AdamW foreach", peer("torch.optim.AdamW", foreach=True)),
+    Contestant("AdamW fused", peer("torch.optim.AdamW", fused=True)),
+    Contestant("SGD momentum fused", peer("torch.optim.SGD", momentum=0.9, fused=True)),
+    Contestant("Muon, trunk's matrices", peer("torch.optim.Muon", matrices=True)),
+    Contestant("STAC trunk", stac()),
+    Contestant("STAC trunk foreach", stac(foreach=True)),
+    Contestant("STAC trunk fused", stac(fused=True)),
+    Contestant("STAC split", stac(split=True)),
+    Contestant("STAC split foreach", stac(split=True, foreach=True)),
+    Contestant("STAC split fused", stac(split=True, fused=True)),
+    Contestant("STAC trunk momentum=0", stac(trunk_momentum=0.0)),
+    Contestant("STAC trunk momentum=0 fused", stac(trunk_momentum=0.0, fused=True)),
+    Contestant("STAC trunk cautious", stac(trunk_cautious=True)),
+    Contestant("STAC trunk cautious fused", stac(trunk_cautious=True, fused=True)),
+    Contestant("lion-pytorch Lion", peer("lion_pytorch.Lion"), foreign=True),
+    Contestant("optimi Lion", peer("optimi.Lion"), foreign=True),
+    Contestant("flashoptim FlashLion", peer("flashoptim.FlashLion", cuda=True), foreign=True),
+    Contestant("flashoptim FlashAdamW", peer("flashoptim.FlashAdamW", cuda=True), foreign=True),
+    Contestant("heavyball AdamW", peer("heavyball.AdamW"), foreign=True),
+    Contestant("torchao AdamW8bit", peer("torchao.optim.AdamW8bit"), foreign=True),
+    Contestant("bitsandbytes AdamW8bit", peer("bitsandbytes.optim.AdamW8bit"), foreign=True),
+    Contestant("bitsandbytes Lion8bit", peer("bitsandbytes.optim.Lion8bit"), foreign=True),
+)
