@@ -88,17 +88,17 @@ def run(optimizer: STAC, params: Mapping[str, Tensor], steps: int = STEPS) -> It
         yield
 
 
-def set_units(monkeypatch: pytest.MonkeyPatch, *, block: int = 1 << 40, pack: int = 0, length: int = 128) -> None:
+def set_units(monkeypatch: pytest.MonkeyPatch, *, block: int = 1 << 40, pack: int = 0) -> None:
     """Set the units of work on the CPU; by default every tensor is one."""
-    for name, value in (("BLOCK_NUMEL", block), ("PACK_NUMEL", pack), ("PACK_LENGTH", length)):
-        monkeypatch.setattr(_tensors, name, value)
+    monkeypatch.setattr(_tensors, "BLOCK_NUMEL", block)
+    monkeypatch.setattr(_tensors, "PACK_NUMEL", pack)
 
 
 # Blocks that cut even the test tensors, with a rest; packs of several tensors, with a rest; both.
 UNITS: Mapping[str, Mapping[str, int]] = {
     "whole": {},
     "cut": {"block": 7},
-    "packed": {"pack": 1000, "length": 2},
+    "packed": {"pack": 1000},
     "cut-and-packed": {"block": 10, "pack": 10},
 }
 
@@ -128,19 +128,20 @@ def test_trunk_paths_agree_by_bits(case: RuleCase, dtype: torch.dtype, monkeypat
 
 
 def test_units_cut_large_tensors_and_pack_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    set_units(monkeypatch, block=20, pack=10, length=2)
+    set_units(monkeypatch, block=15, pack=10)
     sizes = {"matrix": (6, 10), "vector": (7,), "scalar": (), "empty": (0, 3), "transposed": (4, 5), "vector2": (8,)}
     params = [torch.arange(float(math.prod(shape))).reshape(shape) for shape in sizes.values()]
     params[4] = params[4].t()
     grads = [torch.ones_like(param) for param in params]
     with torch.no_grad():
         units = []
-        for unit in _tensors.units(params, grads, pack=True):
-            units.append([param.numel() for param, _ in unit])
-            for param, grad in unit:
+        for unit in _tensors.units(params, [params, grads], pack=True):
+            units.append((unit.sizes, [param.numel() for param, _ in unit.pieces]))
+            assert (unit.whole is None) == bool(unit.sizes)
+            for param, grad in unit.pieces:
                 param.add_(1)
                 grad.sub_(0)
-    assert units == [[20, 20, 20], [20], [8], [8]]
+    assert units == [((), [15, 15, 15, 15]), ((), [15, 5]), ((7, 1, 0, 8), [16])]
     for param, shape in zip(params, sizes.values(), strict=True):
         assert sorted(param.flatten().tolist()) == [1.0 + i for i in range(math.prod(shape))]
 
@@ -148,10 +149,14 @@ def test_units_cut_large_tensors_and_pack_small_ones(monkeypatch: pytest.MonkeyP
 def test_units_of_other_layouts_and_recorded_steps_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     set_units(monkeypatch, block=20, pack=10)
     params, transposed = [torch.zeros(6, 10)], [torch.zeros(10, 6).t()]
+
+    def pieces(*tensorlists: list[Tensor]) -> list[int]:
+        return [len(unit.pieces) for unit in _tensors.units(params, tensorlists, pack=True)]
+
     with torch.no_grad():
-        assert [len(unit) for unit in _tensors.units(params, params, pack=True)] == [3]
-        assert [len(unit) for unit in _tensors.units(params, transposed, pack=True)] == [1]
-    assert [len(unit) for unit in _tensors.units(params, params, pack=True)] == [1]
+        assert pieces(params, params) == [3]
+        assert pieces(params, transposed) == [1]
+    assert pieces(params, params) == [1]
 
 
 @pytest.mark.parametrize("case", TRUNK_CASES)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 __all__ = [
     "LOW_PRECISION",
+    "Unit",
     "are_finite",
     "arithmetic_dtype",
     "blocks",
@@ -41,6 +42,7 @@ __all__ = [
     "has_layout_of",
     "indices_by_device_and_dtype",
     "is_foreach_faster",
+    "is_sharded",
     "local_views",
     "real_views",
     "sum_over_shards",
@@ -61,9 +63,8 @@ fused_devices = _get_fused_kernels_supported_devices
 # Elements of a block. The four tensors that a block works on (weight, gradient, average, one temporary) then stay in
 # the cache of a core or of its neighbours; smaller blocks pay more calls, larger ones trips to memory.
 BLOCK_NUMEL = 128 * 1024
-# A tensor of at most this many elements is packed, with at most so many others: together they fill about a block.
-PACK_NUMEL = 2048
-PACK_LENGTH = 128
+# A tensor of at most this many elements is packed with others until they fill a block.
+PACK_NUMEL = 16 * 1024
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -165,16 +166,21 @@ def local_views(tensors: list[Tensor], likes: list[Tensor] | None = None) -> lis
 
 
 def _local(tensor: Any, like: Any) -> Tensor:
-    if not hasattr(tensor, "to_local"):
+    if not is_sharded(tensor):
         return cast(Tensor, tensor)
     if tensor.placements != like.placements:
         tensor = tensor.redistribute(like.device_mesh, like.placements)
     return cast(Tensor, tensor.to_local())
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether the tensor is a DTensor."""
+    return hasattr(tensor, "to_local")
+
+
 def sum_over_shards(value: Tensor, param: Any) -> Tensor:
     """What each shard of a parameter contributes to a sum, added up; ``value`` itself for a plain parameter."""
-    if not hasattr(param, "to_local"):
+    if not is_sharded(param):
         return value
     return _sum_over_ranks(value, param, is_summed=[placement.is_shard() for placement in param.placements])
 
@@ -226,34 +232,54 @@ def blocks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
 # small ones are packed into blocks, at the price of copying them in and out. The same operations run on the same
 # elements, so no bit changes. Other devices, torch.compile, which fuses by itself, and a differentiated step get whole
 # tensors.
-def units(params: list[Tensor], *others: list[Tensor], pack: bool) -> Iterator[list[tuple[Tensor, ...]]]:
-    """Split an elementwise in-place update into units of work, each the pieces of one parameter or one pack.
+class Unit(NamedTuple):
+    """What an elementwise in-place update works on at a time.
 
     Args:
-        params: what the update writes.
-        others: lists beside it: first the gradients, which it only reads, then state that it writes.
-        pack: whether parameters may share a unit. Not for an update that needs a sum over each parameter.
+        pieces: for each piece its part of every list: weight, gradient, state.
+        whole: the parameter that the pieces are of; None for a pack.
+        sizes: of a pack, whose one piece is flat, the elements of each parameter in it; else empty.
     """
-    whole = torch.compiler.is_compiling() or torch.is_grad_enabled()
+
+    pieces: list[tuple[Tensor, ...]]
+    whole: Tensor | None
+    sizes: tuple[int, ...] = ()
+
+
+def units(wholes: list[Tensor], tensorlists: Sequence[list[Tensor]], *, pack: bool) -> Iterator[Unit]:
+    """Split an update into units of work.
+
+    Args:
+        wholes: the parameters.
+        tensorlists: their local, real parts; then the gradients', which the update only reads; then the state's.
+        pack: whether parameters may share a unit.
+    """
+    is_whole = torch.compiler.is_compiling() or torch.is_grad_enabled()
     packed: dict[tuple[torch.dtype, ...], list[tuple[Tensor, ...]]] = {}
-    for tensors in zip(params, *others, strict=True):
-        if whole or not tensors[0].is_cpu:
-            yield [tensors]
+    for whole, *rest in zip(wholes, *tensorlists, strict=True):
+        tensors = tuple(rest)
+        if is_whole or not tensors[0].is_cpu:
+            yield Unit([tensors], whole)
         elif pack and tensors[0].numel() <= PACK_NUMEL and all(map(Tensor.is_contiguous, tensors)):
             packed.setdefault(tuple([tensor.dtype for tensor in tensors]), []).append(tensors)
         else:
-            yield blocks(*tensors)
+            yield Unit(blocks(*tensors), whole)
     for members in packed.values():
-        for start in range(0, len(members), PACK_LENGTH):
-            yield from _pack(members[start : start + PACK_LENGTH])
+        while members:
+            numel = count = 0
+            while count < len(members) and numel < BLOCK_NUMEL:
+                numel += members[count][0].numel()
+                count += 1
+            yield from _pack(members[:count])
+            del members[:count]
 
 
-def _pack(members: Sequence[tuple[Tensor, ...]]) -> Iterator[list[tuple[Tensor, ...]]]:
+def _pack(members: Sequence[tuple[Tensor, ...]]) -> Iterator[Unit]:
     """One unit of many small parameters. What the update wrote goes back to them when the next unit is asked for."""
     originals = [[tensor.flatten() for tensor in tensors] for tensors in zip(*members, strict=True)]
     flat = tuple(torch.cat(tensors) for tensors in originals)
-    yield [flat]
     sizes = [tensor.numel() for tensor in originals[0]]
+    yield Unit([flat], None, tuple(sizes))
     for index, (tensors, result) in enumerate(zip(originals, flat, strict=True)):
         if index != 1:  # gradients are read-only
             torch._foreach_copy_(tensors, result.split(sizes))

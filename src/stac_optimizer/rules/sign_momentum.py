@@ -117,37 +117,50 @@ def _coefficients(group: Group, device: torch.device) -> tuple[float | Tensor, f
 
 
 def _mask(average: Tensor, grad: Tensor, group: Group) -> Tensor:
-    """[m * g > 0], by the signs, for the product may underflow. ``grad`` is as it came, not negated."""
-    product = torch.sign(average) * torch.sign(grad)
-    return product < 0 if group["maximize"] else product > 0
+    """[m * g > 0] as 1 and 0, by the signs, for the product may underflow. ``grad`` is as it came, not negated.
+
+    In numbers, not booleans, whose products and comparisons are several times slower on the CPU.
+    """
+    product = torch.sign(average).mul_(torch.sign(grad))
+    return (product.neg_() if group["maximize"] else product).clamp_min_(0)
 
 
-def _mean_of_mask(counts: Sequence[Tensor], whole: Tensor, dtype: torch.dtype) -> Tensor:
+def _mean_of_mask(agreeing: Tensor, whole: Tensor, dtype: torch.dtype) -> Tensor:
     """The mean over a whole parameter, floored. A count over a number: exact however that is cut or sharded."""
-    agreeing = _tensors.sum_over_shards(torch.stack(list(counts)).sum(), whole)
     numel = whole.numel() * (2 if whole.is_complex() else 1)
-    return (agreeing.to(dtype) / numel).clamp_(min=LEAST_AGREEMENT)
+    return (_tensors.sum_over_shards(agreeing, whole).to(dtype) / numel).clamp_(min=LEAST_AGREEMENT)
 
 
 def _single_tensor_sign_momentum(wholes: list[Tensor], tensorlists: Sequence[list[Tensor]], group: Group) -> None:
-    if group["trunk_cautious"]:
-        for whole, pieces in zip(wholes, _tensors.units(*tensorlists, pack=False), strict=True):
-            # The mean is over the whole parameter, so it comes before the first weight. Averages are stored by the
-            # update alone: computed twice they cost less than kept.
-            counts = [_agreement(grad, exp_avg, group) for _, grad, *exp_avg in pieces]
-            mean = _mean_of_mask(counts, whole, _tensors.arithmetic_dtype(pieces[0][0].dtype))
-            for piece in pieces:
-                _update_piece(piece, mean, group)
-    else:
-        for pieces in _tensors.units(*tensorlists, pack=True):
-            for piece in pieces:
-                _update_piece(piece, None, group)
+    cautious = group["trunk_cautious"]
+    # A mean over shards is taken parameter by parameter.
+    pack = not (cautious and any(_tensors.is_sharded(whole) for whole in wholes))
+    for unit in _tensors.units(wholes, tensorlists, pack=pack):
+        mean = _mean_of_unit(unit, group) if cautious else None
+        for piece in unit.pieces:
+            _update_piece(piece, mean, group)
 
 
-def _agreement(grad: Tensor, exp_avg: Sequence[Tensor], group: Group) -> Tensor:
-    """How many elements of the mask are set once the average is updated."""
+def _mean_of_unit(unit: _tensors.Unit, group: Group) -> Tensor:
+    """The mean of a parameter's mask, or one for each element of a pack.
+
+    It comes before the first weight, so averages are computed here and again in the update: that costs less than
+    keeping them.
+    """
+    masks = (_next_mask(grad, exp_avg, group) for _, grad, *exp_avg in unit.pieces)
+    dtype = _tensors.arithmetic_dtype(unit.pieces[0][0].dtype)
+    if unit.whole is not None:
+        return _mean_of_mask(torch.stack([mask.count_nonzero() for mask in masks]).sum(), unit.whole, dtype)
+    agreeing = torch.stack([part.count_nonzero() for mask in masks for part in mask.split(list(unit.sizes))])
+    sizes = torch.tensor(unit.sizes)
+    means = (agreeing.to(dtype) / sizes).clamp_(min=LEAST_AGREEMENT)
+    return means.repeat_interleave(sizes, output_size=sum(unit.sizes))
+
+
+def _next_mask(grad: Tensor, exp_avg: Sequence[Tensor], group: Group) -> Tensor:
+    """The mask that the update will find."""
     average, change = _average(grad, exp_avg, group)
-    return _mask(average if change is None else average + change, grad, group).count_nonzero()
+    return _mask(average if change is None else average + change, grad, group)
 
 
 def _average(grad: Tensor, exp_avg: Sequence[Tensor], group: Group) -> tuple[Tensor, Tensor | None]:
@@ -190,7 +203,7 @@ def _multi_tensor_sign_momentum(wholes: list[Tensor], tensorlists: Sequence[list
         if group["trunk_cautious"]:
             for index, direction, average, grad in zip(indices, directions, averages, grads, strict=True):
                 mask = _mask(average, grad, group)
-                direction.mul_(mask).div_(_mean_of_mask([mask.count_nonzero()], wholes[index], direction.dtype))
+                direction.mul_(mask).div_(_mean_of_mask(mask.count_nonzero(), wholes[index], direction.dtype))
         _tensors.foreach_mul_(directions, lr)
         _tensors.foreach_sub_(weights, directions)
         _tensors.foreach_downcast(weights, params)
