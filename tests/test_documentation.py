@@ -35,6 +35,10 @@ def test_readme_python_runs_from_top_to_bottom(capsys: pytest.CaptureFixture[str
     assert printed[: len(shown)] == shown
 
 
+def test_readme_has_no_placeholder() -> None:
+    assert "@@" not in README
+
+
 def test_readme_shell_commands_use_the_constraints() -> None:
     commands = [command for command in blocks("bash") if "venv" in command]
     assert len(commands) == 2
