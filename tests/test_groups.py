@@ -5,17 +5,17 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stac_optimizer import STAC, embeddings, last_layers, norms, partition_trainable_layers
 from stac_optimizer._validation import non_negative
-from stac_optimizer.rules import RULES, Group, Hyperparameter, Rule, StateTensor, hyperparameters
+from stac_optimizer.rules import RULES, Group, Hyperparameter, Rule, StateTensor, StepInputs, hyperparameters
 from tests.support import assert_same_bits, small_model, take_steps, through_file
 from tests.test_partition import Net, compiled, described, frozen, parameter
 from tests.test_selectors import TokenEmbedding
@@ -371,18 +371,11 @@ class Toy(Rule):
     def state_tensors(self, group: Group) -> tuple[StateTensor, ...]:
         return StateTensor(key="step", counter=True), StateTensor(key="toy_sum")
 
-    def update(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: Sequence[list[Tensor]],
-        group: Group,
-        grad_scale: Tensor | None = None,
-    ) -> None:
-        assert grad_scale is None
-        for param, grad, step, toy_sum in zip(params, grads, *states, strict=True):
+    def update(self, inputs: StepInputs) -> None:
+        gain = inputs.group["lr"] * inputs.group["toy_gain"]
+        for param, grad, step, toy_sum in zip(inputs.params, inputs.grads, *inputs.states, strict=True):
             step.add_(1)
-            param.sub_(toy_sum.add_(grad) * (group["lr"] * group["toy_gain"]))
+            param.sub_(toy_sum.add_(grad) * gain)
 
 
 def test_rule_added_to_table_trains_and_resumes(monkeypatch: pytest.MonkeyPatch) -> None:

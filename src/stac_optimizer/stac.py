@@ -14,7 +14,7 @@ from stac_optimizer._groups import build_groups, checked, named_parameters, part
 from stac_optimizer._tensors import are_finite
 from stac_optimizer._validation import mapping, warn
 from stac_optimizer.partition import STACPartition
-from stac_optimizer.rules import RULES, Group, hyperparameters
+from stac_optimizer.rules import RULES, Group, StepInputs, hyperparameters
 from stac_optimizer.selectors import Selector
 
 __all__ = ["STAC"]
@@ -220,17 +220,17 @@ class STAC(Optimizer):
             self._check_finite()
         gathered = []
         only_makes_state = self._only_makes_state()
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         for group in self.param_groups:
             params: list[Tensor] = []
             grads: list[Tensor] = []
             states: list[list[Tensor]] = [[] for _ in RULES[group["rule"]].state_tensors(group)]
             self._init_group(group, params, grads, *states)
-            gathered.append((group, params, grads, states))
-        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        for group, params, grads, states in gathered:
-            if params and not only_makes_state:
-                with torch.set_grad_enabled(group["differentiable"]):
-                    RULES[group["rule"]].update(params, grads, states, group, grad_scale)
+            gathered.append(StepInputs(group, params, grads, states, grad_scale))
+        for inputs in gathered:
+            if inputs.params and not only_makes_state:
+                with torch.set_grad_enabled(inputs.group["differentiable"]):
+                    RULES[inputs.group["rule"]].update(inputs)
         return loss
 
     def _only_makes_state(self) -> bool:

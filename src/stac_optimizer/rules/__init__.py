@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from stac_optimizer.rules._rule import COMMON_HYPERPARAMETERS, Group, Hyperparameter, Rule, StateTensor
+from stac_optimizer.rules._rule import COMMON_HYPERPARAMETERS, Group, Hyperparameter, Rule, StateTensor, StepInputs
 from stac_optimizer.rules.adamw import AdamW
 from stac_optimizer.rules.sign_momentum import SignMomentum
 
-__all__ = ["RULES", "Group", "Hyperparameter", "Rule", "StateTensor", "hyperparameters"]
+__all__ = ["RULES", "Group", "Hyperparameter", "Rule", "StateTensor", "StepInputs", "hyperparameters"]
 
 RULES: dict[str, Rule] = {rule.name: rule for rule in (SignMomentum(), AdamW())}
 

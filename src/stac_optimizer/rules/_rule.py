@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from stac_optimizer import _tensors
 from stac_optimizer._validation import Checker, boolean, learning_rate, non_negative, optional_boolean
 
-__all__ = ["COMMON_HYPERPARAMETERS", "Group", "Hyperparameter", "Rule", "StateTensor"]
+__all__ = ["COMMON_HYPERPARAMETERS", "Group", "Hyperparameter", "Rule", "StateTensor", "StepInputs"]
 
 Group = Mapping[str, Any]
 """One parameter group: hyper-parameters by name, plain Python values, lr possibly a tensor."""
@@ -76,6 +76,24 @@ class StateTensor:
         return 4 if self.counter else param.numel() * param.element_size()
 
 
+class StepInputs(NamedTuple):
+    """What a step hands to the rule of one group.
+
+    Args:
+        group: the group.
+        params: those of its parameters that have a gradient, at least one.
+        grads: their gradients, read-only.
+        states: one list for each of the rule's :meth:`Rule.state_tensors`, in that order.
+        grad_scale: what a GradScaler left the gradients multiplied by.
+    """
+
+    group: Group
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: Sequence[list[Tensor]]
+    grad_scale: Tensor | None = None
+
+
 class Rule(ABC):
     """One update rule. A subclass is stateless; ``RULES`` holds one instance of each by its ``name``."""
 
@@ -96,23 +114,8 @@ class Rule(ABC):
         """The state that one parameter has under this group's hyper-parameters, counter first."""
 
     @abstractmethod
-    def update(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: Sequence[list[Tensor]],
-        group: Group,
-        grad_scale: Tensor | None = None,
-    ) -> None:
-        """Update parameters in place. Called without gradient recording, unless the group is differentiable.
-
-        Args:
-            params: those that have a gradient, at least one.
-            grads: their gradients, read-only.
-            states: one list for each of :meth:`state_tensors`, in that order.
-            group: the group that holds them.
-            grad_scale: what a GradScaler left the gradients multiplied by.
-        """
+    def update(self, inputs: StepInputs) -> None:
+        """Update parameters in place. Called without gradient recording, unless the group is differentiable."""
 
     def refusal(self, param: Tensor, grad: Tensor, group: Group) -> str | None:
         """Why this gradient cannot be applied, or None. Asked for every parameter before any of them changes."""

@@ -16,7 +16,7 @@ from torch.optim.adamw import adamw
 
 from stac_optimizer import _tensors
 from stac_optimizer._validation import boolean, non_negative, pair_of_fractions
-from stac_optimizer.rules._rule import Group, Hyperparameter, Rule, StateTensor
+from stac_optimizer.rules._rule import Group, Hyperparameter, Rule, StateTensor, StepInputs
 
 __all__ = ["AdamW"]
 
@@ -56,17 +56,11 @@ class AdamW(Rule):
             return f"is on {device!r}, which cannot be captured; use capturable=False"
         return None
 
-    def update(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: Sequence[list[Tensor]],
-        group: Group,
-        grad_scale: Tensor | None = None,
-    ) -> None:
+    def update(self, inputs: StepInputs) -> None:
         """Call torch, on the path that the flags ask for."""
-        params, grads = _tensors.local_views(params), _tensors.local_views(grads, params)
-        states = [_tensors.local_views(tensors) for tensors in states]
+        group, grad_scale = inputs.group, inputs.grad_scale
+        params, grads = _tensors.local_views(inputs.params), _tensors.local_views(inputs.grads, inputs.params)
+        states = [_tensors.local_views(tensors) for tensors in inputs.states]
         if not group["fused"]:
             grads = _tensors.unscaled(grads, grad_scale)
             _adamw(params, grads, states, group, fused=group["fused"], foreach=group["foreach"])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stac_optimizer import _tensors
 from stac_optimizer._validation import boolean, unit_fraction
-from stac_optimizer.rules._rule import Group, Hyperparameter, Rule, StateTensor
+from stac_optimizer.rules._rule import Group, Hyperparameter, Rule, StateTensor, StepInputs
 
 __all__ = ["SignMomentum"]
 
@@ -70,18 +70,12 @@ class SignMomentum(Rule):
             "torch.autocast) or raise trunk_lr"
         )
 
-    def update(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: Sequence[list[Tensor]],
-        group: Group,
-        grad_scale: Tensor | None = None,
-    ) -> None:
+    def update(self, inputs: StepInputs) -> None:
         """Count the step and run the kernel of the path that the flags ask for."""
-        steps, *averages = states
+        params, group = inputs.params, inputs.group
+        steps, *averages = inputs.states
         _tensors.count_step_(steps)
-        grads = _tensors.unscaled(_tensors.local_views(grads, params), grad_scale)
+        grads = _tensors.unscaled(_tensors.local_views(inputs.grads, params), inputs.grad_scale)
         local = (_tensors.local_views(params), grads, *map(_tensors.local_views, averages))
         kernel = _multi_tensor_sign_momentum if self.path(params, group) == "foreach" else _single_tensor_sign_momentum
         kernel(params, [_tensors.real_views(tensors) for tensors in local], group)
