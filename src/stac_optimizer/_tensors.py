@@ -25,6 +25,7 @@ __all__ = [
     "LOW_PRECISION",
     "Unit",
     "are_finite",
+    "are_zero",
     "arithmetic_dtype",
     "blocks",
     "capturable_devices",
@@ -93,19 +94,32 @@ def count_step_(steps: list[Tensor]) -> None:
 
 
 def are_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether no tensor holds NaN or infinity, in no shard of it: every rank gets the same answer.
+    """Whether no tensor holds NaN or infinity, in no shard of it.
 
-    The largest magnitude tells, and unlike a sum it cannot overflow. Ranks add up flags, for a maximum over ranks can
-    lose a NaN.
+    The largest magnitude tells, and unlike a sum it cannot overflow.
     """
     held = real_views(local_views([tensor for tensor in tensors if tensor.numel()]))
     held = [tensor for tensor in held if tensor.numel()]
-    bad = ~torch.nn.utils.get_total_norm(held, norm_type=math.inf).isfinite() if held else torch.zeros(())
+    is_bad = bool(held) and not torch.nn.utils.get_total_norm(held, norm_type=math.inf).isfinite()
+    return not _on_any_rank(is_bad, tensors)
+
+
+def are_zero(tensors: Sequence[Tensor]) -> bool:
+    """Whether all tensors hold nothing but zeros, in every shard of them."""
+    return not _on_any_rank(any(bool(tensor.any()) for tensor in local_views(list(tensors))), tensors)
+
+
+def _on_any_rank(flag: bool, tensors: Sequence[Tensor]) -> bool:
+    """Whether the flag is set on any rank that holds a shard of these tensors: ranks must not disagree on a step.
+
+    Flags, for a maximum over ranks can lose a NaN.
+    """
     meshes: dict[Any, Any] = {getattr(tensor, "device_mesh", None): tensor for tensor in tensors}
     for mesh, sharded in meshes.items():
         if mesh is not None:
-            bad = _sum_over_ranks(bad.to(sharded.device, torch.float32), sharded, is_summed=[True] * mesh.ndim)
-    return not bad
+            value = torch.full((), float(flag), device=sharded.device)
+            flag = bool(_sum_over_ranks(value, sharded, is_summed=[True] * mesh.ndim))
+    return flag
 
 
 def real_views(tensors: list[Tensor]) -> list[Tensor]:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from stac_optimizer import checkpoint
 from stac_optimizer._groups import build_groups, checked, named_parameters, partition_of
-from stac_optimizer._tensors import are_finite
+from stac_optimizer._tensors import are_finite, are_zero
 from stac_optimizer._validation import mapping, warn
 from stac_optimizer.partition import STACPartition
 from stac_optimizer.rules import RULES, Group, StepInputs, hyperparameters
@@ -240,11 +240,7 @@ class STAC(Optimizer):
         """
         if self.state or torch.compiler.is_compiling() or any(group["lr"] for group in self.param_groups):
             return False
-        return not any(
-            param.grad is not None and bool(param.grad.any())
-            for group in self.param_groups
-            for param in group["params"]
-        )
+        return are_zero([p.grad for group in self.param_groups for p in group["params"] if p.grad is not None])
 
     def _check_gradients(self) -> None:
         for group in self.param_groups:
