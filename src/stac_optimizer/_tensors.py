@@ -63,7 +63,7 @@ fused_devices = _get_fused_kernels_supported_devices
 
 # Elements of a block. The four tensors that a block works on (weight, gradient, average, one temporary) then stay in
 # the cache of a core or of its neighbours; smaller blocks pay more calls, larger ones trips to memory.
-BLOCK_NUMEL = 128 * 1024
+BLOCK_NUMEL = 256 * 1024
 # A tensor of at most this many elements is packed with others until they fill a block.
 PACK_NUMEL = 16 * 1024
 
