@@ -164,7 +164,18 @@ def format_table(report: Report) -> str:
         ("steps", 7, lambda result: str(result.steps)),
         ("weights", 13, lambda result: f"{result.weights:,}"),
     )
-    lines = [str(report), "contestant".ljust(width) + "".join(f"{heading:>{size}}" for heading, size, _ in columns)]
+    load = report.machine["load_average"]
+    where = (
+        report.machine["gpu"] or f"{report.machine['cpu']}, {report.machine['threads']} threads",
+        f"torch {report.machine['versions']['torch']}",
+        report.machine["date"],
+        f"load average at the start {load[0]:.2f}" if load else "load unknown",
+    )
+    lines = [
+        str(report),
+        ", ".join(where),
+        "contestant".ljust(width) + "".join(f"{heading:>{size}}" for heading, size, _ in columns),
+    ]
     for result in report.results:
         lines.append(result.name.ljust(width) + "".join(f"{write(result):>{size}}" for _, size, write in columns))
     lines += [f"left out: {name}: {reason}" for name, reason in report.left_out.items()]

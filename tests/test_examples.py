@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import benchmark_step
 import digits
 import toy_benchmark
 import train_char_lm
@@ -53,3 +54,15 @@ def test_char_lm_refuses_to_resume_under_other_settings(tmp_path: Path, capsys: 
     with pytest.raises(SystemExit):
         train_char_lm.main(["--steps", "3", "--resume", str(saved)])
     assert "steps = 3, but the checkpoint was made with steps = 2" in capsys.readouterr().err
+
+
+def test_benchmark_measures_every_contestant_beside_adamw(tmp_path: Path) -> None:
+    arguments = ["--shapes", "many-tiny", "--steps", "1", "--warmup", "0", "--contestants", "STAC trunk", "SGD"]
+    report = benchmark_step.main([*arguments, "--out", str(tmp_path)])
+    results = {result.name: result for result in report.results}
+    assert {"AdamW", "STAC trunk", "STAC trunk cautious", "SGD momentum fused"} <= results.keys()
+    assert results["AdamW"].ratio == 1.0
+    assert all(result.step_ms > 0 for result in report.results)
+    for name, expected in (("AdamW", 8), ("STAC trunk", 4), ("STAC trunk momentum=0", 0)):
+        assert round(results[name].state_bytes_per_weight) == expected
+    assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png"}
