@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import settings
+
+# A busy machine may take longer over an example than hypothesis allows; what is slow, no test asserts.
+settings.register_profile("unhurried", settings.get_profile("default"), deadline=None)
+settings.load_profile("unhurried")
 
 # The tensors here are tiny: a second thread only waits for the first, and longer where the machine is busy.
 torch.set_num_threads(1)
