@@ -7,7 +7,7 @@ import torch
 from hypothesis import settings
 
 # A busy machine may take longer over an example than hypothesis allows; what is slow, no test asserts.
-settings.register_profile("unhurried", settings.get_profile("default"), deadline=None)
+settings.register_profile("unhurried", settings(), deadline=None)
 settings.load_profile("unhurried")
 
 # The tensors here are tiny: a second thread only waits for the first, and longer where the machine is busy.
