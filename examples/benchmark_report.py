@@ -216,13 +216,13 @@ def draw_bars(report: Report, path: Path) -> None:
     axes.set_xlabel("milliseconds a step: median, and as a band the quartiles")
     axes.set_title(f"{report}\n{report.machine['gpu'] or report.machine['cpu']}, {report.machine['date']}", fontsize=9)
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(loc="lower right", fontsize=8)
+    figure.legend(loc="outside lower right", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
 def cut_length(results: Sequence[Result]) -> float:
-    """Return where the longest bar that is drawn whole ends, and a little."""
+    """Return where the longest bar that is drawn whole ends, its band of quartiles included."""
     baseline = next(result.step_ms / result.ratio for result in results)
-    kept = [result.step_ms for result in results if result.step_ms <= LONGEST_BAR * baseline]
-    return 1.05 * max(kept, default=baseline)
+    kept = [result.step_ms_quartiles[1] for result in results if result.step_ms <= LONGEST_BAR * baseline]
+    return max(kept, default=baseline)

@@ -30,7 +30,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -161,7 +161,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 @contextmanager
 def patience(seconds: float) -> Iterator[None]:
-    """Interrupt what takes longer, where the system can; compiling may take hours where tensors are many."""
+    """Interrupt what takes longer, where the system can: compiling for many tensors may take hours, Muon minutes."""
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -186,7 +186,7 @@ def enter(contestants: Sequence[Contestant], workload: Workload, *, limit: float
         bar.set_postfix_str(contestant.name)
         try:
             racer = Racer(contestant, workload)
-            with patience(limit) if contestant.foreign else nullcontext():
+            with patience(limit):
                 racer.take_first_steps()
         except LeftOutError as error:
             left_out[contestant.name] = str(error)
@@ -234,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
         "--budget", type=float, default=60, help="seconds after which one stops early (default: %(default)s)"
     )
     parser.add_argument(
-        "--patience", type=float, default=300, help="seconds for another package's first steps (default: %(default)s)"
+        "--patience", type=float, default=300, help="seconds for the first two steps of each (default: %(default)s)"
     )
     parser.add_argument(
         "--contestants", nargs="+", metavar="PART", help=f"those with one of these in their names, and {BASELINE}"
