@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from benchmark_shapes import Workload
@@ -40,6 +41,8 @@ def stac(*, split: bool = False, **arguments: Any) -> Callable[[Workload], Optim
         if split and not roles["cap"]:
             raise LeftOutError("these shapes have no cap")
         groups = [{"params": roles[role], "stac_role": role} for role in (("trunk", "cap") if split else ("trunk",))]
+        if arguments.get("stochastic_rounding") and any(p.dtype != torch.bfloat16 for p in workload.parameters):
+            raise LeftOutError("rounds bfloat16 weights alone")
         return STAC(groups, **SHARED, **arguments)
 
     return build
@@ -82,6 +85,14 @@ CONTESTANTS = (
     Contestant("STAC trunk momentum=0 fused", stac(trunk_momentum=0.0, fused=True)),
     Contestant("STAC trunk cautious", stac(trunk_cautious=True)),
     Contestant("STAC trunk cautious fused", stac(trunk_cautious=True, fused=True)),
+    Contestant("STAC trunk state=bfloat16", stac(trunk_state_dtype=torch.bfloat16)),
+    Contestant("STAC trunk state=bfloat16 fused", stac(trunk_state_dtype=torch.bfloat16, fused=True)),
+    Contestant("STAC trunk state=int8", stac(trunk_state_dtype=torch.int8)),
+    Contestant("STAC trunk state=int8 fused", stac(trunk_state_dtype=torch.int8, fused=True)),
+    Contestant("STAC trunk state=int8 rounding", stac(trunk_state_dtype=torch.int8, stochastic_rounding=True)),
+    Contestant(
+        "STAC trunk state=int8 rounding fused", stac(trunk_state_dtype=torch.int8, stochastic_rounding=True, fused=True)
+    ),
     Contestant("lion-pytorch Lion", peer("lion_pytorch.Lion"), foreign=True),
     Contestant("optimi Lion", peer("optimi.Lion"), foreign=True),
     Contestant("flashoptim FlashLion", peer("flashoptim.FlashLion", cuda=True), foreign=True),

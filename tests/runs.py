@@ -23,9 +23,11 @@ def built(build: Build, dtype: torch.dtype = torch.float32, *, seed: int = 0) ->
     return model, build(model)
 
 
-def stepped(steps: int = 3, *, seed: int = 0, **arguments: Any) -> tuple[nn.Sequential, STAC]:
+def stepped(
+    steps: int = 3, *, seed: int = 0, dtype: torch.dtype = torch.float32, **arguments: Any
+) -> tuple[nn.Sequential, STAC]:
     """A small model and its optimizer after these many steps."""
-    model, optimizer = built(lambda model: STAC(model, **{"lr": 1e-2, **arguments}), seed=seed)
+    model, optimizer = built(lambda model: STAC(model, **{"lr": 1e-2, **arguments}), dtype, seed=seed)
     take_steps(model, optimizer, range(steps))
     return model, optimizer
 

@@ -7,10 +7,11 @@ import io
 from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from stac_optimizer import STAC
+from stac_optimizer import STAC, _units
 
 
 def small_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -77,3 +78,9 @@ def parameter_state(optimizer: STAC, model: nn.Module, name: str) -> dict[str, A
     """The state of the parameter of this name."""
     state: dict[str, Any] = optimizer.state[model.get_parameter(name)]
     return state
+
+
+def set_units(monkeypatch: pytest.MonkeyPatch, *, block: int = 1 << 40, pack: int = 0) -> None:
+    """Set the units of work on the CPU; by default every tensor is one."""
+    monkeypatch.setattr(_units, "BLOCK_NUMEL", block)
+    monkeypatch.setattr(_units, "PACK_NUMEL", pack)

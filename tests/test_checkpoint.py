@@ -164,8 +164,12 @@ def test_loading_restores_every_hyperparameter() -> None:
         error_if_nonfinite=True,
         foreach=True,
         capturable=True,
+        trunk_state_dtype=torch.int8,
+        stochastic_rounding=True,
+        rounding_seed=7,
+        dtype=torch.bfloat16,
     )
-    _, target = stepped(0)
+    _, target = stepped(0, dtype=torch.bfloat16)
     for saved, present in zip(source.state_dict()["param_groups"], target.state_dict()["param_groups"], strict=True):
         structure = {"params", "param_names", "stac_role", "rule", "layer_names", "layer_types"}
         assert {key for key in saved if saved[key] == present[key]} == {"fused", "differentiable", *structure}

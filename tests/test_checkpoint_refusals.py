@@ -122,7 +122,7 @@ def test_checkpoint_of_other_shapes_is_refused() -> None:
     for param in model.parameters():
         param.grad = torch.ones_like(param)
     optimizer.step()
-    message = r"'exp_avg' of '1.weight' has shape \(3, 5\), the parameter \(5,\)"
+    message = r"'exp_avg' of '1.weight' has shape \(3, 5\), that of the parameter \(5,\)"
     _assert_refused(optimizer.state_dict(), ValueError, message)
 
 
@@ -202,9 +202,11 @@ CHANGES = [
     _row("step-nan", _state(4, step=torch.tensor(math.nan)), "'step' of '3.weight'"),
     _row("step-negative", _state(4, step=torch.tensor(-1.0)), "'step' of '3.weight'"),
     _row(
-        "other-shape", _state(1, exp_avg=torch.ones(1, 5)), r"'exp_avg' of '0.bias' has shape \(1, 5\), the .* \(5,\)"
+        "other-shape",
+        _state(1, exp_avg=torch.ones(1, 5)),
+        r"'exp_avg' of '0.bias' has shape \(1, 5\), that of the parameter \(5,\)",
     ),
-    _row("no-tensor", _state(1, exp_avg=0.5), "'exp_avg' of '0.bias' has shape float, the parameter"),
+    _row("no-tensor", _state(1, exp_avg=0.5), "'exp_avg' of '0.bias' has shape float, that of the parameter"),
     _row("integer-state", _state(1, exp_avg=torch.ones(5, dtype=torch.int64)), "'exp_avg' of '0.bias' .*int64"),
     _row("complex-state", _state(1, exp_avg=torch.ones(5) * 1j), "'exp_avg' of '0.bias' .*complex64"),
     _row("unknown-state", _state(1, momentum=torch.ones(5)), "'momentum' of '0.bias' is no state of the rule 'sign_mo"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ from stac_optimizer import STAC, _tensors
 from stac_optimizer.rules import RULES
 from tests import reference
 from tests.rule_cases import DTYPES, RULE_CASES, RuleCase, random_gradients, step_with, zoo
-from tests.support import assert_same_bits
+from tests.support import assert_same_bits, set_units
 
 STEPS = 7
 
@@ -88,12 +87,6 @@ def run(optimizer: STAC, params: Mapping[str, Tensor], steps: int = STEPS) -> It
         yield
 
 
-def set_units(monkeypatch: pytest.MonkeyPatch, *, block: int = 1 << 40, pack: int = 0) -> None:
-    """Set the units of work on the CPU; by default every tensor is one."""
-    monkeypatch.setattr(_tensors, "BLOCK_NUMEL", block)
-    monkeypatch.setattr(_tensors, "PACK_NUMEL", pack)
-
-
 # Blocks that cut even the test tensors, with a rest; packs of several tensors, with a rest; both.
 UNITS: Mapping[str, Mapping[str, int]] = {
     "whole": {},
@@ -125,38 +118,6 @@ def test_trunk_paths_agree_by_bits(case: RuleCase, dtype: torch.dtype, monkeypat
             for name, param in foreach.items():
                 assert_same_bits(params[name], param, f"{units} {name}")
                 assert_same_bits(single.state[params[name]], optimizer.state[param], f"{units} {name}")
-
-
-def test_units_cut_large_tensors_and_pack_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    set_units(monkeypatch, block=15, pack=10)
-    sizes = {"matrix": (6, 10), "vector": (7,), "scalar": (), "empty": (0, 3), "transposed": (4, 5), "vector2": (8,)}
-    params = [torch.arange(float(math.prod(shape))).reshape(shape) for shape in sizes.values()]
-    params[4] = params[4].t()
-    grads = [torch.ones_like(param) for param in params]
-    with torch.no_grad():
-        units = []
-        for unit in _tensors.units(params, [params, grads], pack=True):
-            units.append((unit.sizes, [param.numel() for param, _ in unit.pieces]))
-            assert (unit.whole is None) == bool(unit.sizes)
-            for param, grad in unit.pieces:
-                param.add_(1)
-                grad.sub_(0)
-    assert units == [((), [15, 15, 15, 15]), ((), [15, 5]), ((7, 1, 0, 8), [16])]
-    for param, shape in zip(params, sizes.values(), strict=True):
-        assert sorted(param.flatten().tolist()) == [1.0 + i for i in range(math.prod(shape))]
-
-
-def test_units_of_other_layouts_and_recorded_steps_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    set_units(monkeypatch, block=20, pack=10)
-    params, transposed = [torch.zeros(6, 10)], [torch.zeros(10, 6).t()]
-
-    def pieces(*tensorlists: list[Tensor]) -> list[int]:
-        return [len(unit.pieces) for unit in _tensors.units(params, tensorlists, pack=True)]
-
-    with torch.no_grad():
-        assert pieces(params, params) == [3]
-        assert pieces(params, transposed) == [1]
-    assert pieces(params, params) == [1]
 
 
 @pytest.mark.parametrize("case", TRUNK_CASES)
@@ -351,15 +312,17 @@ def test_differentiable_step_gives_gradients_of_lr_and_weight(role: str, toleran
 def test_default_path_is_the_one_torch_would_take(monkeypatch: pytest.MonkeyPatch) -> None:
     group = STAC([{"params": [nn.Parameter(torch.ones(2))], "stac_role": "trunk"}]).param_groups[0]
 
-    def path(**flags: bool | None) -> str:
+    def path(**flags: Any) -> str:
         return RULES["sign_momentum"].path(group["params"], {**group, **flags})
 
     assert (path(), path(foreach=False), path(foreach=True), path(fused=True)) == (
         "single",
         "single",
         "foreach",
-        "single",
+        "fused",
     )
+    assert path(foreach=True, trunk_cautious=True) == path(foreach=True, stochastic_rounding=True) == "single"
+    assert path(foreach=True, trunk_state_dtype=torch.int8) == "single"
     monkeypatch.setattr(_tensors, "is_foreach_faster", lambda params, differentiable: not differentiable)
-    assert (path(), path(foreach=False), path(fused=True)) == ("foreach", "single", "foreach")
+    assert (path(), path(foreach=False), path(fused=True)) == ("foreach", "single", "fused")
     assert path(differentiable=True) == "single"

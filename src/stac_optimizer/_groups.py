@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from stac_optimizer._layers import Layers, STACLayer, find_layers, layer_of, unwrapped, writable
-from stac_optimizer._validation import count, warn
+from stac_optimizer._validation import count, one_of, warn
 from stac_optimizer.partition import STACPartition, split
 from stac_optimizer.rules import RULES, Group, hyperparameters
 from stac_optimizer.selectors import Selector
@@ -23,6 +23,7 @@ __all__ = [
     "STRUCTURE_KEYS",
     "TORCH_KEYS",
     "build_groups",
+    "check_fitness",
     "checked",
     "named_parameters",
     "partition_of",
@@ -166,8 +167,8 @@ def _explicit_groups(given: Iterable[Any], role_defaults: Mapping[str, Mapping[s
         where = f"group {index}: "
         if not isinstance(group, Mapping):
             raise TypeError(f"{where}expected a dict, as the first group is one, got {type(group).__name__}")
-        role = _one_of(where + "stac_role", group.get("stac_role"), ROLE_RULES)
-        rule = _one_of(where + "rule", group.get("rule", ROLE_RULES[role]), RULES)
+        role = one_of(where + "stac_role", group.get("stac_role"), tuple(ROLE_RULES))
+        rule = one_of(where + "rule", group.get("rule", ROLE_RULES[role]), tuple(RULES))
         unknown = [key for key in group if key not in allowed]
         if unknown:
             raise ValueError(f"{where}unknown key {unknown[0]!r}; allowed are {', '.join(sorted(allowed))}")
@@ -193,13 +194,6 @@ def _refuse_repeated(items: Iterable[Any]) -> None:
             )
         names.add(name)
         seen.add(id(param))
-
-
-def _one_of(name: str, value: Any, allowed: Iterable[str]) -> str:
-    choices = tuple(allowed)
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-    return value
 
 
 def _given_params(group: Mapping[str, Any], where: str) -> list[Any]:
@@ -256,6 +250,18 @@ def _structure(role: str, rule: str, layers: Iterable[STACLayer]) -> dict[str, A
         "layer_names": tuple(name for name, _ in names_and_types),
         "layer_types": tuple(type_name for _, type_name in names_and_types),
     }
+
+
+def check_fitness(groups: Iterable[Group]) -> None:
+    """Refuse parameters that cannot have the hyper-parameters of their group.
+
+    Raises:
+        ValueError: naming the first such parameter.
+    """
+    for name, param, group in named_parameters(groups):
+        reason = RULES[group["rule"]].unfitness(param, group)
+        if reason is not None:
+            raise ValueError(f"{name!r} ({group['stac_role']}) {reason}")
 
 
 def named_parameters(groups: Iterable[Group]) -> Iterator[tuple[str, Tensor, Group]]:

@@ -1,4 +1,4 @@
-"""What rules share about tensors: grouping, real views, arithmetic precision, blocks. The home of private torch names.
+"""What rules share about tensors: grouping, real and local views, arithmetic precision. Home of private torch names.
 
 Why each private name is used:
 
@@ -13,8 +13,8 @@ Why each private name is used:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,15 +23,15 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 __all__ = [
     "LOW_PRECISION",
-    "Unit",
     "are_finite",
     "are_zero",
     "arithmetic_dtype",
-    "blocks",
     "capturable_devices",
     "count_step_",
     "downcast",
     "foreach_add_",
+    "foreach_copy_",
+    "foreach_div",
     "foreach_downcast",
     "foreach_mul_",
     "foreach_neg",
@@ -42,17 +42,21 @@ __all__ = [
     "fused_devices",
     "has_layout_of",
     "indices_by_device_and_dtype",
+    "is_dense",
     "is_foreach_faster",
     "is_sharded",
+    "is_sharded_by_row",
     "local_views",
     "real_views",
     "sum_over_shards",
-    "units",
     "unscaled",
     "upcast",
+    "zeros_by_row",
 ]
 
 foreach_add_ = torch._foreach_add_
+foreach_copy_ = torch._foreach_copy_
+foreach_div = torch._foreach_div
 foreach_mul_ = torch._foreach_mul_
 foreach_neg = torch._foreach_neg
 foreach_sign = torch._foreach_sign
@@ -60,12 +64,6 @@ foreach_sub = torch._foreach_sub
 foreach_sub_ = torch._foreach_sub_
 capturable_devices = _get_capturable_supported_devices
 fused_devices = _get_fused_kernels_supported_devices
-
-# Elements of a block. The four tensors that a block works on (weight, gradient, average, one temporary) then stay in
-# the cache of a core or of its neighbours; smaller blocks pay more calls, larger ones trips to memory.
-BLOCK_NUMEL = 256 * 1024
-# A tensor of at most this many elements is packed with others until they fill a block.
-PACK_NUMEL = 16 * 1024
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -192,6 +190,26 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "to_local")
 
 
+def zeros_by_row(param: Tensor, rows: int, columns: int) -> Tensor:
+    """A float32 matrix of zeros with a row for each row of a parameter, and sharded as that is."""
+    if not is_sharded(param):
+        return torch.zeros((rows, columns), dtype=torch.float32, device=param.device)
+    sharded: Any = param
+    local = torch.zeros((sharded.to_local().shape[0], columns), dtype=torch.float32, device=param.device)
+    shape = torch.Size((rows, columns))
+    zeros: Tensor = type(sharded.data).from_local(
+        local, sharded.device_mesh, sharded.placements, run_check=False, shape=shape, stride=(columns, 1)
+    )
+    return zeros
+
+
+def is_sharded_by_row(param: Any) -> bool:
+    """Whether every rank holds whole rows, indices of the first dimension, of the parameter."""
+    return not is_sharded(param) or all(
+        not placement.is_shard() or placement.dim == 0 for placement in param.placements
+    )
+
+
 def sum_over_shards(value: Tensor, param: Any) -> Tensor:
     """What each shard of a parameter contributes to a sum, added up; ``value`` itself for a plain parameter."""
     if not is_sharded(param):
@@ -216,10 +234,10 @@ def unscaled(grads: list[Tensor], grad_scale: Tensor | None) -> list[Tensor]:
 
 def has_layout_of(tensor: Tensor, other: Tensor) -> bool:
     """Whether both fill their memory without gaps, element for element in the same order."""
-    return tensor.shape == other.shape and tensor.stride() == other.stride() and _is_dense(other)
+    return tensor.shape == other.shape and tensor.stride() == other.stride() and is_dense(other)
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
     """Whether the tensor fills its memory without gaps or overlaps, in whatever order of dimensions."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
@@ -227,73 +245,3 @@ def _is_dense(tensor: Tensor) -> bool:
             return tensor.numel() == 0
         expected *= size
     return True
-
-
-def blocks(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Cut large tensors of one layout into cache-sized views; give others back whole."""
-    first = tensors[0]
-    numel = first.numel()
-    if numel <= BLOCK_NUMEL or not all(has_layout_of(tensor, first) for tensor in tensors):
-        return [tensors]
-    flat = [tensor.as_strided((numel,), (1,)) for tensor in tensors]
-    starts = range(0, numel, BLOCK_NUMEL)
-    return [tuple(tensor[start : start + BLOCK_NUMEL] for tensor in flat) for start in starts]
-
-
-# Note [Units of work on the CPU]
-# An update of several elementwise operations is bound there by memory for large tensors, each operation being a trip
-# through the whole of them, and by calls for small ones. So large ones are cut into blocks that stay in cache, and
-# small ones are packed into blocks, at the price of copying them in and out. The same operations run on the same
-# elements, so no bit changes. Other devices, torch.compile, which fuses by itself, and a differentiated step get whole
-# tensors.
-class Unit(NamedTuple):
-    """What an elementwise in-place update works on at a time.
-
-    Args:
-        pieces: for each piece its part of every list: weight, gradient, state.
-        whole: the parameter that the pieces are of; None for a pack.
-        sizes: of a pack, whose one piece is flat, the elements of each parameter in it; else empty.
-    """
-
-    pieces: list[tuple[Tensor, ...]]
-    whole: Tensor | None
-    sizes: tuple[int, ...] = ()
-
-
-def units(wholes: list[Tensor], tensorlists: Sequence[list[Tensor]], *, pack: bool) -> Iterator[Unit]:
-    """Split an update into units of work.
-
-    Args:
-        wholes: the parameters.
-        tensorlists: their local, real parts; then the gradients', which the update only reads; then the state's.
-        pack: whether parameters may share a unit.
-    """
-    is_whole = torch.compiler.is_compiling() or torch.is_grad_enabled()
-    packed: dict[tuple[torch.dtype, ...], list[tuple[Tensor, ...]]] = {}
-    for whole, *rest in zip(wholes, *tensorlists, strict=True):
-        tensors = tuple(rest)
-        if is_whole or not tensors[0].is_cpu:
-            yield Unit([tensors], whole)
-        elif pack and tensors[0].numel() <= PACK_NUMEL and all(map(Tensor.is_contiguous, tensors)):
-            packed.setdefault(tuple([tensor.dtype for tensor in tensors]), []).append(tensors)
-        else:
-            yield Unit(blocks(*tensors), whole)
-    for members in packed.values():
-        while members:
-            numel = count = 0
-            while count < len(members) and numel < BLOCK_NUMEL:
-                numel += members[count][0].numel()
-                count += 1
-            yield from _pack(members[:count])
-            del members[:count]
-
-
-def _pack(members: Sequence[tuple[Tensor, ...]]) -> Iterator[Unit]:
-    """One unit of many small parameters. What the update wrote goes back to them when the next unit is asked for."""
-    originals = [[tensor.flatten() for tensor in tensors] for tensors in zip(*members, strict=True)]
-    flat = tuple(torch.cat(tensors) for tensors in originals)
-    sizes = [tensor.numel() for tensor in originals[0]]
-    yield Unit([flat], None, tuple(sizes))
-    for index, (tensors, result) in enumerate(zip(originals, flat, strict=True)):
-        if index != 1:  # gradients are read-only
-            torch._foreach_copy_(tensors, result.split(sizes))

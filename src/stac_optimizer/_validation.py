@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -23,6 +23,7 @@ __all__ = [
     "learning_rate",
     "mapping",
     "non_negative",
+    "one_of",
     "optional_boolean",
     "pair_of_fractions",
     "unit_fraction",
@@ -94,6 +95,13 @@ def optional_boolean(name: str, value: Any) -> bool | None:
     """True, False, or None for "choose for me"."""
     if value is not None and not isinstance(value, bool):
         raise TypeError(f"{name} must be True, False or None, got {value!r} of type {type(value).__name__}")
+    return value
+
+
+def one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
+    """One of these values."""
+    if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in allowed):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     return value
 
 

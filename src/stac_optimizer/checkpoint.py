@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stac_optimizer._groups import STRUCTURE_KEYS, TORCH_KEYS, checked, named_parameters
 from stac_optimizer._validation import mapping, non_negative
-from stac_optimizer.rules import RULES, Group, hyperparameters
+from stac_optimizer.rules import RULES, Group, StateTensor, hyperparameters
 
 __all__ = ["prepare"]
 
@@ -129,21 +129,27 @@ def _checked_state(saved: Mapping[str, Any], name: str, param: Tensor, group: Gr
             steps = non_negative(what, value.item() if isinstance(value, Tensor) and value.numel() == 1 else value)
             state[key] = torch.tensor(steps, dtype=torch.float32, device=declared[key].device(param, group))
         else:
-            state[key] = _copied(what, value, param)
+            state[key] = _copied(what, value, param, declared[key], group)
     if steps == 0:
         # Never stepped. Averages beside it are zeros, or left from another run by a partial load into its state dict.
         return {"step": state["step"]}
-    missing = [key for key in declared if key not in given]
+    # Averages that were saved as floating-point numbers stay such, without scales, where new ones would be in codes.
+    has_codes = any(value.dtype == torch.int8 for value in state.values())
+    needed = [key for key, tensor in declared.items() if has_codes or not tensor.scales]
+    missing = [key for key in needed if key not in given]
     if missing and given:
         raise ValueError(f"the checkpoint's state of {name!r} lacks {missing[0]!r}")
     return state
 
 
-def _copied(what: str, value: Any, param: Tensor) -> Tensor:
+def _copied(what: str, value: Any, param: Tensor, declared: StateTensor, group: Group) -> Tensor:
     """A state tensor in the layout and on the device of its parameter, in its own dtype."""
-    if not isinstance(value, Tensor) or value.shape != param.shape:
-        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"{what} has shape {shape}, the parameter {tuple(param.shape)}")
-    if (value.is_floating_point(), value.is_complex()) != (param.is_floating_point(), param.is_complex()):
-        raise ValueError(f"{what} is {value.dtype}, the parameter {param.dtype}")
-    return torch.empty_like(param, dtype=value.dtype, requires_grad=False).copy_(value.detach())
+    shape = declared.shape(param)
+    if not isinstance(value, Tensor) or value.shape != shape:
+        given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{what} has shape {given}, that of the parameter {tuple(shape)}")
+    expected = declared.dtype_for(param)
+    is_alike = (value.is_floating_point(), value.is_complex()) == (param.is_floating_point(), param.is_complex())
+    if value.dtype != expected and not is_alike:
+        raise ValueError(f"{what} is {value.dtype}, that of the parameter {expected}")
+    return torch.empty_like(declared.create(param, group), dtype=value.dtype).copy_(value.detach())

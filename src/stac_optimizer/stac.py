@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stac_optimizer import checkpoint
-from stac_optimizer._groups import build_groups, checked, named_parameters, partition_of
+from stac_optimizer._groups import build_groups, check_fitness, checked, named_parameters, partition_of
 from stac_optimizer._tensors import are_finite, are_zero
 from stac_optimizer._validation import mapping, warn
 from stac_optimizer.partition import STACPartition
@@ -136,6 +136,9 @@ class STAC(Optimizer):
         fused: bool | None = None,
         capturable: bool = False,
         differentiable: bool = False,
+        trunk_state_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
     ) -> None:
         shared = {
             "lr": lr,
@@ -151,6 +154,9 @@ class STAC(Optimizer):
             "fused": fused,
             "capturable": capturable,
             "differentiable": differentiable,
+            "trunk_state_dtype": trunk_state_dtype,
+            "stochastic_rounding": stochastic_rounding,
+            "rounding_seed": rounding_seed,
         }
         defaults = checked({name: known.default for name, known in hyperparameters().items()} | shared)
         own = {
@@ -161,6 +167,7 @@ class STAC(Optimizer):
         self._accepts_groups = True
         super().__init__(groups, defaults)
         del self._accepts_groups
+        check_fitness(self.param_groups)
         for group in self.param_groups:
             names = [name for name, _, _ in named_parameters([group])]
             advice = RULES[group["rule"]].advice(names, group["params"], group)
@@ -219,14 +226,17 @@ class STAC(Optimizer):
         if found_inf is None and any(group["error_if_nonfinite"] for group in self.param_groups):
             self._check_finite()
         gathered = []
+        start = 0
         only_makes_state = self._only_makes_state()
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         for group in self.param_groups:
             params: list[Tensor] = []
             grads: list[Tensor] = []
             states: list[list[Tensor]] = [[] for _ in RULES[group["rule"]].state_tensors(group)]
-            self._init_group(group, params, grads, *states)
-            gathered.append(StepInputs(group, params, grads, states, grad_scale))
+            positions: list[int] = []
+            self._init_group(group, start, positions, params, grads, *states)
+            start += len(group["params"])
+            gathered.append(StepInputs(group, params, grads, states, grad_scale, positions))
         for inputs in gathered:
             if inputs.params and not only_makes_state:
                 with torch.set_grad_enabled(inputs.group["differentiable"]):
@@ -265,11 +275,19 @@ class STAC(Optimizer):
                 "the lr or clip gradients, or pass error_if_nonfinite=False to let the weight become NaN"
             )
 
-    def _init_group(self, group: Group, params: list[Tensor], grads: list[Tensor], *states: list[Tensor]) -> None:
+    def _init_group(
+        self,
+        group: Group,
+        start: int,
+        positions: list[int],
+        params: list[Tensor],
+        grads: list[Tensor],
+        *states: list[Tensor],
+    ) -> None:
         """Gather what has a gradient, and create its state. torch.compile knows this name and runs it untraced."""
         tensors = RULES[group["rule"]].state_tensors(group)
         held = [(values, tensor.key) for values, tensor in zip(states, tensors, strict=True)]
-        for param in group["params"]:
+        for position, param in enumerate(group["params"], start):
             grad = param.grad
             state = self.state[param]
             # Without a gradient the counter alone: strict loading of distributed checkpoints wants state of every one.
@@ -277,6 +295,7 @@ class STAC(Optimizer):
                 if tensor.key not in state:
                     state[tensor.key] = tensor.create(param, group)
             if grad is not None:
+                positions.append(position)
                 params.append(param)
                 grads.append(grad)
                 for values, key in held:

@@ -6,6 +6,7 @@ update stands in that group or in the state, so a checkpoint resumes bit for bit
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from stac_optimizer import _tensors
-from stac_optimizer._validation import Checker, boolean, learning_rate, non_negative, optional_boolean
+from stac_optimizer import _codes, _tensors
+from stac_optimizer._validation import Checker, boolean, count, learning_rate, non_negative, optional_boolean
 
 __all__ = ["COMMON_HYPERPARAMETERS", "Group", "Hyperparameter", "Rule", "StateTensor", "StepInputs"]
 
@@ -45,35 +46,56 @@ COMMON_HYPERPARAMETERS: Mapping[str, Hyperparameter] = {
     "fused": Hyperparameter(default=None, check=optional_boolean),
     "capturable": Hyperparameter(default=False, check=boolean),
     "differentiable": Hyperparameter(default=False, check=boolean),
+    "stochastic_rounding": Hyperparameter(default=False, check=boolean),
+    "rounding_seed": Hyperparameter(default=0, check=count),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class StateTensor:
-    """Declares one state tensor of a parameter.
+    """Declares one state tensor of a parameter: zeros of its shape and layout, unless told otherwise.
 
     Args:
         key: its key in ``optimizer.state[parameter]``, torch's own where the meaning is torch's.
-        counter: a 0-dim float32 count of steps; otherwise a tensor of the parameter's shape, dtype and layout.
+        counter: a 0-dim float32 count of steps instead.
+        scales: the float32 scales of a neighbour in 8-bit codes instead; empty where that is not in codes.
+        dtype: None for the parameter's; ``torch.int8`` for 8-bit codes, where the parameter can have them.
     """
 
     key: str
     counter: bool = False
+    scales: bool = False
+    dtype: torch.dtype | None = None
 
     def create(self, param: Tensor, group: Group) -> Tensor:
         """Zeros, as declared. A counter lives on the CPU unless a kernel must read it (capturable or fused)."""
         if self.counter:
             return torch.zeros((), dtype=torch.float32, device=self.device(param, group))
-        return torch.zeros_like(param, memory_format=torch.preserve_format)
+        if self.scales:
+            return _codes.scales_like(param)
+        return torch.zeros_like(param, dtype=self.dtype_for(param), memory_format=torch.preserve_format)
+
+    def dtype_for(self, param: Tensor) -> torch.dtype:
+        """The dtype once created."""
+        if self.counter or self.scales:
+            return torch.float32
+        is_kept = param.is_complex() or (self.dtype == torch.int8 and not _codes.can_be_coded(param))
+        return param.dtype if self.dtype is None or is_kept else self.dtype
 
     def device(self, param: Tensor, group: Group) -> torch.device:
         """Where the tensor belongs."""
         on_device = not self.counter or group["capturable"] or group["fused"]
         return param.device if on_device else torch.device("cpu")
 
+    def shape(self, param: Tensor) -> torch.Size:
+        """The shape once created."""
+        if self.counter:
+            return torch.Size()
+        return _codes.scales_shape(param) if self.scales else param.shape
+
     def nbytes(self, param: Tensor) -> int:
         """Bytes once created."""
-        return 4 if self.counter else param.numel() * param.element_size()
+        return math.prod(self.shape(param)) * self.dtype_for(param).itemsize
 
 
 class StepInputs(NamedTuple):
@@ -85,6 +107,7 @@ class StepInputs(NamedTuple):
         grads: their gradients, read-only.
         states: one list for each of the rule's :meth:`Rule.state_tensors`, in that order.
         grad_scale: what a GradScaler left the gradients multiplied by.
+        positions: for each parameter its place among all of the optimizer.
     """
 
     group: Group
@@ -92,6 +115,7 @@ class StepInputs(NamedTuple):
     grads: list[Tensor]
     states: Sequence[list[Tensor]]
     grad_scale: Tensor | None = None
+    positions: Sequence[int] = ()
 
 
 class Rule(ABC):
@@ -117,13 +141,22 @@ class Rule(ABC):
     def update(self, inputs: StepInputs) -> None:
         """Update parameters in place. Called without gradient recording, unless the group is differentiable."""
 
+    def unfitness(self, param: Tensor, group: Group) -> str | None:
+        """Why this parameter cannot have these hyper-parameters, or None. Asked at construction and on load."""
+        if group["stochastic_rounding"] and param.dtype != torch.bfloat16:
+            return (
+                f"is {param.dtype}, and stochastic_rounding is for torch.bfloat16 alone; give such parameters a group "
+                "of their own with stochastic_rounding=False"
+            )
+        return None
+
     def refusal(self, param: Tensor, grad: Tensor, group: Group) -> str | None:
         """Why this gradient cannot be applied, or None. Asked for every parameter before any of them changes."""
         if grad.layout != torch.strided:
             return f"has a gradient of layout {grad.layout}; make it dense, for embeddings with sparse=False"
         if group["differentiable"] and param.is_leaf and param.requires_grad:
             return "is a leaf that requires grad, which a differentiable step cannot change in place; give clones"
-        return None
+        return self.unfitness(param, group)
 
     def advice(self, names: Sequence[str], params: Sequence[Tensor], group: Group) -> str | None:
         """What the user should be warned of at construction, or None."""

@@ -1,4 +1,6 @@
-"""The trunk's rule: the sign of a gradient average, with decoupled weight decay. All its paths stand side by side.
+"""The trunk's rule: the sign of a gradient average, with decoupled weight decay.
+
+Its arithmetic, on all paths side by side, stands in ``_sign_momentum_kernels.py``.
 
 References: signSGD with Majority Vote (Bernstein et al.), https://arxiv.org/abs/1810.05291; Momentum Ensures
 Convergence of SIGNSGD under Weaker Assumptions (Sun et al., ICML 2023); the mask: Cautious Optimizers (Liang et al.),
@@ -7,20 +9,26 @@ https://arxiv.org/abs/2411.16085.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from stac_optimizer import _tensors
-from stac_optimizer._validation import boolean, unit_fraction
+from stac_optimizer import _codes, _rounding, _tensors
+from stac_optimizer._validation import boolean, one_of, unit_fraction
 from stac_optimizer.rules._rule import Group, Hyperparameter, Rule, StateTensor, StepInputs
+from stac_optimizer.rules._sign_momentum_fused import fused
+from stac_optimizer.rules._sign_momentum_kernels import Work, multi_tensor, single_tensor
 
 __all__ = ["SignMomentum"]
 
-# Liang et al. divide the masked step by the mean of the mask, floored by this.
-LEAST_AGREEMENT = 1e-3
+
+def _state_dtype(name: str, value: Any) -> torch.dtype | None:
+    if value is not None and not isinstance(value, torch.dtype):
+        raise TypeError(f"{name} must be None or a torch.dtype, got {value!r} of type {type(value).__name__}")
+    chosen: torch.dtype | None = one_of(name, value, (None, torch.bfloat16, torch.int8))
+    return chosen
 
 
 class SignMomentum(Rule):
@@ -38,47 +46,90 @@ class SignMomentum(Rule):
     paper                        here
     ============================ =========================================================
     :math:`\mu`                  ``trunk_momentum``; 0 takes :math:`m = g` and keeps no state
-    :math:`m`                    state ``exp_avg``, as the parameter
+    :math:`m`                    state ``exp_avg``, as the parameter or in ``trunk_state_dtype``
     mask :math:`[m \cdot g > 0]` with ``trunk_cautious``: sign(m) becomes sign(m) · mask / max(mean(mask), 1e-3)
     ============================ =========================================================
 
-    State: ``step`` (0-dim float32, a count that no arithmetic reads) and ``exp_avg``.
+    State: ``step`` (0-dim float32, read by stochastic rounding alone) and ``exp_avg``; where that is in 8-bit codes
+    also ``exp_avg_scale``, see :mod:`stac_optimizer._codes`. The sign is that of m before it is rounded to be stored.
     """
 
     name = "sign_momentum"
     hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {
         "trunk_momentum": Hyperparameter(default=0.9, check=unit_fraction),
         "trunk_cautious": Hyperparameter(default=False, check=boolean),
+        "trunk_state_dtype": Hyperparameter(default=None, check=_state_dtype),
     }
-
-    state_keys = frozenset({"step", "exp_avg"})
+    state_keys = frozenset({"step", "exp_avg", "exp_avg_scale"})
+    paths = frozenset({"single", "foreach", "fused"})
 
     def state_tensors(self, group: Group) -> tuple[StateTensor, ...]:
-        """The counter, and with momentum the average."""
-        step = StateTensor(key="step", counter=True)
-        return (step, StateTensor(key="exp_avg")) if group["trunk_momentum"] else (step,)
+        """The counter; with momentum the average, in codes with its scales."""
+        dtype = group["trunk_state_dtype"]
+        tensors = [StateTensor(key="step", counter=True)]
+        if group["trunk_momentum"]:
+            tensors.append(StateTensor(key="exp_avg", dtype=dtype))
+            if dtype == torch.int8:
+                tensors.append(StateTensor(key="exp_avg_scale", scales=True))
+        return tuple(tensors)
+
+    def unfitness(self, param: Tensor, group: Group) -> str | None:
+        if group["trunk_state_dtype"] == torch.int8 and not _tensors.is_sharded_by_row(param):
+            return "is sharded within rows, and 8-bit state needs whole ones; use trunk_state_dtype=torch.bfloat16"
+        return super().unfitness(param, group)
 
     def advice(self, names: Sequence[str], params: Sequence[Tensor], group: Group) -> str | None:
         """Warn of low-precision weights that the lr cannot move."""
+        if group["stochastic_rounding"]:
+            return None
         lr = group["lr"].item() if isinstance(group["lr"], Tensor) else group["lr"]
         stuck = [name for name, param in zip(names, params, strict=True) if _is_step_lost(param, lr)]
         if not stuck:
             return None
         return (
             f"an lr of {lr:g} is less than half the spacing between neighbouring values for most weights of "
-            f"{', '.join(map(repr, stuck))}, so their steps round to nothing. Keep float32 weights (and compute under "
-            "torch.autocast) or raise trunk_lr"
+            f"{', '.join(map(repr, stuck))}, so their steps round to nothing. Use stochastic_rounding=True with "
+            "bfloat16, keep float32 weights (and compute under torch.autocast) or raise trunk_lr"
         )
 
+    def path(self, params: Sequence[Tensor], group: Group) -> str:
+        path = super().path(params, group)
+        if path == "fused" and not _has_fused(params):
+            path = super().path(params, {**group, "fused": None})
+        # Masks, codes and stochastic rounding have no form on lists of tensors.
+        is_listed = not (group["trunk_cautious"] or group["stochastic_rounding"])
+        return "single" if path == "foreach" and not (is_listed and group["trunk_state_dtype"] != torch.int8) else path
+
     def update(self, inputs: StepInputs) -> None:
-        """Count the step and run the kernel of the path that the flags ask for."""
         params, group = inputs.params, inputs.group
         steps, *averages = inputs.states
         _tensors.count_step_(steps)
-        grads = _tensors.unscaled(_tensors.local_views(inputs.grads, params), inputs.grad_scale)
-        local = (_tensors.local_views(params), grads, *map(_tensors.local_views, averages))
-        kernel = _multi_tensor_sign_momentum if self.path(params, group) == "foreach" else _single_tensor_sign_momentum
-        kernel(params, [_tensors.real_views(tensors) for tensors in local], group)
+        local = [_tensors.local_views(params), _tensors.local_views(inputs.grads, params)]
+        local += [_tensors.local_views(tensors) for tensors in averages]
+        salt = None
+        if group["stochastic_rounding"]:
+            salt = _rounding.salts(group["rounding_seed"], inputs.positions, steps)
+        work = Work(params, [_tensors.real_views(tensors) for tensors in local], group, inputs.grad_scale, salt)
+        kernel = KERNELS[self.path(params, group)]
+        for part in _by_state_kind(work):
+            kernel(part)
+
+
+KERNELS: Mapping[str, Callable[[Work], None]] = {"single": single_tensor, "foreach": multi_tensor, "fused": fused}
+
+
+def _has_fused(params: Sequence[Tensor]) -> bool:
+    return not torch.compiler.is_compiling() and all(param.is_cpu for param in params)
+
+
+def _by_state_kind(work: Work) -> list[Work]:
+    """What has averages in codes, with their scales, and what has none, without."""
+    if len(work.tensorlists) < 4:
+        return [work]
+    is_coded = [_codes.is_coded(tensors) for tensors in zip(*work.tensorlists, strict=True)]
+    coded, plain = ([i for i, flag in enumerate(is_coded) if flag is kind] for kind in (True, False))
+    rest = work._replace(tensorlists=work.tensorlists[:3])
+    return [part.only(chosen) for part, chosen in ((work, coded), (rest, plain)) if chosen]
 
 
 def _is_step_lost(param: Tensor, lr: float) -> bool:
@@ -88,132 +139,3 @@ def _is_step_lost(param: Tensor, lr: float) -> bool:
     weights = param.float()
     stays = ((weights - lr).to(param.dtype) == param) & ((weights + lr).to(param.dtype) == param)
     return bool(stays.float().mean() > 0.5)
-
-
-# Note [Same operations on every path]
-# A difference in the last bit of m can flip a sign and so move a weight by 2 lr. So the paths run the same operations
-# in the same order, and each operation is a single correctly rounded one: m + (1 - mu)(g - m) is written out, not
-# lerp_, because a fused multiply-add rounds once where two operations round twice, and kernels differ in using it.
-# Low precision: see Note [Low-precision arithmetic]; the sign is that of m before it is rounded to be stored, which in
-# float16 may leave nothing of a small average.
-#
-# Note [Non-finite averages]
-# torch.sign(nan) is 0, which would freeze a weight for ever without a word. sign(m) + 0 * m is sign(m) for every finite
-# m, and NaN for NaN and infinity, so the weight shows what happened, as AdamW's would.
-
-
-def _coefficients(group: Group, device: torch.device) -> tuple[float | Tensor, float | Tensor | None]:
-    """The lr, and the factor that decays weights or None. A tensor lr stays one: a captured step then sees changes."""
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        lr = lr.reshape(()).to(device)
-    return lr, 1 - lr * group["weight_decay"] if group["weight_decay"] else None
-
-
-def _mask(average: Tensor, grad: Tensor, group: Group) -> Tensor:
-    """[m * g > 0] as 1 and 0, by the signs, for the product may underflow. ``grad`` is as it came, not negated.
-
-    In numbers, not booleans, whose products and comparisons are several times slower on the CPU.
-    """
-    product = torch.sign(average).mul_(torch.sign(grad))
-    return (product.neg_() if group["maximize"] else product).clamp_min_(0)
-
-
-def _mean_of_mask(agreeing: Tensor, whole: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mean over a whole parameter, floored. A count over a number: exact however that is cut or sharded."""
-    numel = whole.numel() * (2 if whole.is_complex() else 1)
-    return (_tensors.sum_over_shards(agreeing, whole).to(dtype) / numel).clamp_(min=LEAST_AGREEMENT)
-
-
-def _single_tensor_sign_momentum(wholes: list[Tensor], tensorlists: Sequence[list[Tensor]], group: Group) -> None:
-    cautious = group["trunk_cautious"]
-    # A mean over shards is taken parameter by parameter.
-    pack = not (cautious and any(_tensors.is_sharded(whole) for whole in wholes))
-    for unit in _tensors.units(wholes, tensorlists, pack=pack):
-        mean = _mean_of_unit(unit, group) if cautious else None
-        for piece in unit.pieces:
-            _update_piece(piece, mean, group)
-
-
-def _mean_of_unit(unit: _tensors.Unit, group: Group) -> Tensor:
-    """The mean of a parameter's mask, or one for each element of a pack.
-
-    It comes before the first weight, so averages are computed here and again in the update: that costs less than
-    keeping them.
-    """
-    masks = (_next_mask(grad, exp_avg, group) for _, grad, *exp_avg in unit.pieces)
-    dtype = _tensors.arithmetic_dtype(unit.pieces[0][0].dtype)
-    if unit.whole is not None:
-        return _mean_of_mask(torch.stack([mask.count_nonzero() for mask in masks]).sum(), unit.whole, dtype)
-    agreeing = torch.stack([part.count_nonzero() for mask in masks for part in mask.split(list(unit.sizes))])
-    sizes = torch.tensor(unit.sizes)
-    means = (agreeing.to(dtype) / sizes).clamp_(min=LEAST_AGREEMENT)
-    return means.repeat_interleave(sizes, output_size=sum(unit.sizes))
-
-
-def _next_mask(grad: Tensor, exp_avg: Sequence[Tensor], group: Group) -> Tensor:
-    """The mask that the update will find."""
-    average, change = _average(grad, exp_avg, group)
-    return _mask(average if change is None else average + change, grad, group)
-
-
-def _average(grad: Tensor, exp_avg: Sequence[Tensor], group: Group) -> tuple[Tensor, Tensor | None]:
-    """The average in arithmetic precision and the change due to it; without momentum the gradient and None."""
-    grad = _tensors.upcast(-grad if group["maximize"] else grad)
-    if not exp_avg:
-        return grad, None
-    average = _tensors.upcast(exp_avg[0])
-    return average, (grad - average).mul_(1 - group["trunk_momentum"])
-
-
-def _update_piece(piece: Sequence[Tensor], mean: Tensor | None, group: Group) -> None:
-    """Update a piece (weight, gradient, average), without momentum (weight, gradient); masked if there is a mean."""
-    param, grad, *exp_avg = piece
-    lr, decay_factor = _coefficients(group, param.device)
-    average, change = _average(grad, exp_avg, group)
-    if change is not None:
-        average.add_(change)
-        _tensors.downcast(average, exp_avg[0])
-    weight = _tensors.upcast(param)
-    if decay_factor is not None:
-        weight.mul_(decay_factor)
-    direction = torch.sign(average).add_(average, alpha=0)  # Note [Non-finite averages]
-    if mean is not None:
-        direction.mul_(_mask(average, grad, group)).div_(mean)
-    if mean is None and not isinstance(lr, Tensor):
-        weight.sub_(direction, alpha=lr)  # a pass less, and the same bits: a product with 1, 0 or -1 is exact
-    else:
-        weight.sub_(direction.mul_(lr))
-    _tensors.downcast(weight, param)
-
-
-def _multi_tensor_sign_momentum(wholes: list[Tensor], tensorlists: Sequence[list[Tensor]], group: Group) -> None:
-    for indices in _tensors.indices_by_device_and_dtype(tensorlists):
-        params, grads, *exp_avgs = [[tensors[index] for index in indices] for tensors in tensorlists]
-        lr, decay_factor = _coefficients(group, params[0].device)
-        averages = _multi_tensor_average(grads, exp_avgs, group)
-        weights = _tensors.foreach_upcast(params)
-        if decay_factor is not None:
-            _tensors.foreach_mul_(weights, decay_factor)
-        directions = list(_tensors.foreach_sign(averages))
-        _tensors.foreach_add_(directions, averages, alpha=0)  # Note [Non-finite averages]
-        if group["trunk_cautious"]:
-            for index, direction, average, grad in zip(indices, directions, averages, grads, strict=True):
-                mask = _mask(average, grad, group)
-                direction.mul_(mask).div_(_mean_of_mask(mask.count_nonzero(), wholes[index], direction.dtype))
-        _tensors.foreach_mul_(directions, lr)
-        _tensors.foreach_sub_(weights, directions)
-        _tensors.foreach_downcast(weights, params)
-
-
-def _multi_tensor_average(grads: list[Tensor], exp_avgs: Sequence[list[Tensor]], group: Group) -> list[Tensor]:
-    """Update and return the averages, in arithmetic precision, of lists of one device and dtype."""
-    grads = _tensors.foreach_upcast(list(_tensors.foreach_neg(grads)) if group["maximize"] else grads)
-    if not exp_avgs:
-        return grads
-    averages = _tensors.foreach_upcast(exp_avgs[0])
-    differences = _tensors.foreach_sub(grads, averages)
-    _tensors.foreach_mul_(differences, 1 - group["trunk_momentum"])
-    _tensors.foreach_add_(averages, differences)
-    _tensors.foreach_downcast(averages, exp_avgs[0])
-    return averages

@@ -1,0 +1,100 @@
+"""Stochastic rounding to bfloat16, by a hash instead of a generator. Knows no rule.
+
+Of the two neighbours of a float32 value the farther one is taken the more often the closer it comes to it, so that the
+mean is right: adding 16 random bits to the 16 that bfloat16 lacks, and cutting them off, does that. The random bits are
+a hash of the seed, the parameter's place, its step and the element's index. So they need no state, every path and every
+resumed run finds the same, and blocks may be computed in any order.
+
+Reference: Revisiting BFloat16 Training (Zamirai et al.), https://arxiv.org/abs/2010.06192. The hash ends in that of
+MurmurHash3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stac_optimizer._units import Piece, Unit
+
+__all__ = ["noise_of", "noise_of_run", "round_into", "salt_from", "salts"]
+
+# Odd constants as signed 32-bit integers, for torch's unsigned ones know no arithmetic: 2^32 by the golden ratio, and
+# those of MurmurHash3.
+SPREAD = 0x9E3779B1 - 2**32
+FIRST = 0x85EBCA6B - 2**32
+SECOND = 0xC2B2AE35 - 2**32
+
+
+def _wrapped(number: int) -> int:
+    """The signed 32-bit integer with the same lowest 32 bits."""
+    return (number + 2**31) % 2**32 - 2**31
+
+
+def _mixed(values: Tensor) -> Tensor:
+    """Hash 32-bit integers in place. Products wrap around; masks make the shifts logical ones."""
+    values.bitwise_xor_((values >> 16).bitwise_and_(0xFFFF)).mul_(FIRST)
+    values.bitwise_xor_((values >> 13).bitwise_and_(0x7FFFF)).mul_(SECOND)
+    return values
+
+
+def salts(seed: int, positions: Sequence[int], steps: Sequence[Tensor], *, kind: int = 0) -> Tensor:
+    """One 32-bit integer for each parameter and step.
+
+    Args:
+        seed: of the run.
+        positions: for each parameter its place among all of the run.
+        steps: their counts of steps.
+        kind: tells the tensors of one parameter apart, up to 3.
+    """
+    counts = torch.stack([*steps]).to(torch.int32)
+    places = torch.tensor([4 * position + kind for position in positions], dtype=torch.int32, device=counts.device)
+    salt = _mixed(places.mul_(SPREAD).add_(_wrapped(seed)))
+    return _mixed(salt.add_(counts.mul_(SPREAD)))
+
+
+def noise_of(piece: Piece, unit: Unit, salt: Tensor) -> Tensor:
+    """Random integers in [0, 2^16), one for each element of a piece.
+
+    Args:
+        piece: of the unit.
+        unit: holds the positions of its parameters in ``salt``.
+        salt: what :func:`salts` made.
+    """
+    like = piece.tensors[0]
+    index: Tensor | int = _wrapped(piece.offset)
+    for dim, (size, stride) in enumerate(zip(like.shape, piece.strides, strict=True)):
+        along = torch.arange(size, dtype=torch.int32, device=like.device).mul_(_wrapped(stride))
+        index = along.view(-1, *[1] * (like.ndim - dim - 1)) + index
+    chosen = salt[list(unit.members)].to(like.device)
+    if unit.sizes:
+        sizes = torch.tensor(unit.sizes)
+        starts = (sizes.cumsum(0) - sizes).to(torch.int32)
+        index = index - starts.repeat_interleave(sizes, output_size=like.numel())
+        chosen = chosen.repeat_interleave(sizes, output_size=like.numel())
+    elif not isinstance(index, Tensor):
+        index = torch.zeros((), dtype=torch.int32, device=like.device)
+    return _noise(index, chosen if unit.sizes else chosen[0])
+
+
+def noise_of_run(tensor: Tensor, salt: Tensor) -> Tensor:
+    """The same for a tensor whose elements follow one another, from the index on that the salt starts at."""
+    return _noise(torch.arange(tensor.numel(), dtype=torch.int32, device=tensor.device).view(tensor.shape), salt)
+
+
+def salt_from(offset: int, salt: Tensor) -> Tensor:
+    """The salt with which index 0 gets the noise of this index."""
+    return salt + _wrapped(offset * SPREAD)
+
+
+def _noise(index: Tensor, salt: Tensor) -> Tensor:
+    """Random integers in [0, 2^16) for 32-bit indices of elements."""
+    return (_mixed(index * SPREAD + salt) >> 16).bitwise_and_(0xFFFF)
+
+
+def round_into(weight: Tensor, param: Tensor, noise: Tensor) -> None:
+    """Round float32 values into a bfloat16 tensor: up or down, by chance, right in the mean."""
+    bits = (weight.view(torch.int32) + noise).bitwise_and_(~0xFFFF)
+    # The noise carries some NaN over into numbers; 0 * weight brings them back.
+    param.copy_(bits.view(torch.float32).add_(weight, alpha=0))

@@ -1,0 +1,205 @@
+"""How an elementwise in-place update is cut into units of work that stay in cache. Knows no rule.
+
+Note [Units of work]. An update of several elementwise operations is bound by memory for large tensors, each operation
+being a trip through the whole of them, and by calls for small ones. So large ones are cut into blocks that stay in
+cache, which also bounds the memory of temporaries, and on the CPU small ones are packed into blocks, at the price of
+copying them in and out. The same operations run on the same elements, so no bit changes. torch.compile, which fuses by
+itself, and a differentiated step get whole tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from stac_optimizer import _codes, _tensors
+
+__all__ = ["Piece", "Unit", "blocks", "buckets", "units"]
+
+# Elements of a block on the CPU. The four tensors that a block works on (weight, gradient, average, one temporary) then
+# stay in the cache of a core or of its neighbours; smaller blocks pay more calls, larger ones trips to memory.
+BLOCK_NUMEL = 256 * 1024
+# Where a call costs more beside the bytes, on other devices and for compiled kernels: a temporary of 8 MiB in float32.
+LARGE_NUMEL = 2 * 1024 * 1024
+# A tensor of at most this many elements is packed with others until they fill a block.
+PACK_NUMEL = 16 * 1024
+
+
+Item = TypeVar("Item")
+
+
+class Piece(NamedTuple):
+    """A part of one parameter, or a pack of whole ones.
+
+    Args:
+        tensors: its part of every list: weight, gradient, state.
+        offset: the index, within the memory of the parameter, of its first element.
+        strides: how much one step along each of its dimensions adds to that index.
+    """
+
+    tensors: tuple[Tensor, ...]
+    offset: int = 0
+    strides: tuple[int, ...] = (1,)
+
+
+class Unit(NamedTuple):
+    """What an update must look at before it writes to any of it, where it depends on a whole parameter.
+
+    Args:
+        pieces: may be gone through several times; what was written to a piece is in place once the next is asked for.
+        members: the positions of its parameters in the lists; several for a pack.
+        sizes: of a pack, whose one piece is flat, the elements of each parameter in it; else empty.
+    """
+
+    pieces: Iterable[Piece]
+    members: tuple[int, ...]
+    sizes: tuple[int, ...] = ()
+
+
+def block_numel(tensor: Tensor) -> int:
+    """Elements of a block on this tensor's device."""
+    return BLOCK_NUMEL if tensor.is_cpu else LARGE_NUMEL
+
+
+def units(tensorlists: Sequence[list[Tensor]], *, pack: bool = True, cut: bool = True) -> Iterator[Unit]:
+    """Split an update into units of work.
+
+    Args:
+        tensorlists: the weights; the gradients, which the update only reads; then the state. Local and real.
+        pack: whether parameters may share a unit.
+        cut: whether tensors of one dense layout are cut into blocks; where not, those in codes are in larger ones.
+    """
+    is_whole = torch.compiler.is_compiling() or torch.is_grad_enabled()
+    packed: dict[tuple[torch.dtype, ...], list[int]] = {}
+    for index, tensors in enumerate(zip(*tensorlists, strict=True)):
+        first = tensors[0]
+        if _codes.is_coded(tensors):
+            yield Unit(
+                _CodedPieces(tensors, None if is_whole else block_numel(first) if cut else LARGE_NUMEL), (index,)
+            )
+        elif is_whole:
+            yield Unit([_whole(tensors)], (index,))
+        elif pack and first.is_cpu and first.numel() <= PACK_NUMEL and all(map(Tensor.is_contiguous, tensors)):
+            packed.setdefault(tuple([tensor.dtype for tensor in tensors]), []).append(index)
+        else:
+            yield Unit(blocks(*tensors, numel=block_numel(first) if cut else None), (index,))
+    for members in packed.values():
+        for some in _filled(members, [tensorlists[0][index].numel() for index in members], BLOCK_NUMEL):
+            pieces = _Pack([[tensors[index] for index in some] for tensors in tensorlists])
+            yield Unit(pieces, tuple(some), tuple(pieces.sizes))
+
+
+def buckets(tensorlists: Sequence[list[Tensor]]) -> Iterator[list[list[Tensor]]]:
+    """Cut large tensors, and deal all out into lists of about one block's elements, for operations on lists."""
+    cut = [
+        piece.tensors
+        for tensors in zip(*tensorlists, strict=True)
+        for piece in blocks(*tensors, numel=block_numel(tensors[0]))
+    ]
+    if cut:
+        for some in _filled(cut, [tensors[0].numel() for tensors in cut], block_numel(cut[0][0])):
+            yield [list(tensors) for tensors in zip(*some, strict=True)]
+
+
+def _filled(items: Sequence[Item], sizes: Sequence[int], full: int) -> Iterator[list[Item]]:
+    """Deal items out into lists, a list ending with the item that fills it."""
+    held: list[Item] = []
+    total = 0
+    for item, size in zip(items, sizes, strict=True):
+        held.append(item)
+        total += size
+        if total >= full:
+            yield held
+            held, total = [], 0
+    if held:
+        yield held
+
+
+def blocks(*tensors: Tensor, numel: int | None) -> list[Piece]:
+    """Cut tensors of one shape into views of at most so many elements.
+
+    Tensors of one dense layout are cut as they lie in memory, with ``None`` into a single flat view; others are sliced
+    along their longest dimensions.
+    """
+    first = tensors[0]
+    is_small = numel is not None and first.numel() <= numel
+    if is_small or not all(_tensors.has_layout_of(tensor, first) for tensor in tensors):
+        return _sliced(_whole(tensors), numel or block_numel(first))
+    flat = [tensor.as_strided((first.numel(),), (1,)) for tensor in tensors]
+    if numel is None:
+        return [Piece(tuple(flat))]
+    starts = range(0, first.numel(), numel)
+    return [Piece(tuple([tensor[start : start + numel] for tensor in flat]), start) for start in starts]
+
+
+def _whole(tensors: tuple[Tensor, ...]) -> Piece:
+    first = tensors[0]
+    strides = first.stride() if _tensors.is_dense(first) else torch.empty(first.shape, device="meta").stride()
+    return Piece(tensors, strides=strides)
+
+
+def _sliced(piece: Piece, numel: int) -> list[Piece]:
+    first = piece.tensors[0]
+    if first.numel() <= numel:
+        return [piece]
+    dim = max(range(first.ndim), key=first.shape.__getitem__)
+    step = max(1, numel * first.shape[dim] // first.numel())
+    slices = zip(*(tensor.split(step, dim) for tensor in piece.tensors), strict=True)
+    return [
+        smaller
+        for count, tensors in enumerate(slices)
+        for smaller in _sliced(
+            piece._replace(tensors=tensors, offset=piece.offset + count * step * piece.strides[dim]), numel
+        )
+    ]
+
+
+class _CodedPieces:
+    """The pieces of a parameter whose average is held in codes: three dimensions, the last that of a block of codes."""
+
+    def __init__(self, tensors: tuple[Tensor, ...], numel: int | None) -> None:
+        *self.matrices, self.scale = tensors
+        self.rows, self.columns = _codes.matrix_shape(tensors[0])
+        self.numel = numel or tensors[0].numel()
+
+    def __iter__(self) -> Iterator[Piece]:
+        step = max(1, self.numel // self.columns)
+        for start in range(0, self.rows, step):
+            held = [tensor[start : start + step] for tensor in self.matrices]
+            flat = [tensor.flatten(1) for tensor in held]  # views where the layout allows, else copies
+            yield from self._cut_columns([*flat, self.scale[start : start + step]], start * self.columns)
+            for index, (tensor, worked_on) in enumerate(zip(held, flat, strict=True)):
+                if index != 1 and not tensor.is_contiguous():  # gradients are read-only
+                    tensor.copy_(worked_on.view_as(tensor))
+
+    def _cut_columns(self, matrices: list[Tensor], offset: int) -> Iterator[Piece]:
+        """Parts of whole blocks, and the rest that is shorter than a block."""
+        *flat, scale = matrices
+        block = _codes.BLOCK
+        whole = self.columns // block * block
+        step = max(1, self.numel // block) * block
+        spans = [(start, min(start + step, whole), block) for start in range(0, whole, step)]
+        if whole < self.columns:
+            spans.append((whole, self.columns, self.columns - whole))
+        for start, stop, width in spans:
+            parts = [tensor[:, start:stop].unflatten(1, (-1, width)) for tensor in flat]
+            part_scale = scale[:, start // block : (stop + block - 1) // block].unsqueeze(-1)
+            yield Piece((*parts, part_scale), offset + start, (self.columns, block, 1))
+
+
+class _Pack:
+    """The one piece of several small parameters: flat copies, written back after they were worked on."""
+
+    def __init__(self, tensorlists: Sequence[list[Tensor]]) -> None:
+        self.originals = [[tensor.flatten() for tensor in tensors] for tensors in tensorlists]
+        self.sizes = [tensor.numel() for tensor in self.originals[0]]
+        self.flat = tuple(torch.cat(tensors) for tensors in self.originals)
+
+    def __iter__(self) -> Iterator[Piece]:
+        yield Piece(self.flat)
+        for index, (tensors, result) in enumerate(zip(self.originals, self.flat, strict=True)):
+            if index != 1:  # gradients are read-only
+                _tensors.foreach_copy_(tensors, result.split(self.sizes))

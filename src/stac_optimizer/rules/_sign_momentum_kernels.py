@@ -1,0 +1,256 @@
+"""How the trunk's update runs on tensors: one at a time in blocks, or as lists. See :mod:`.sign_momentum` for the rule.
+
+Note [Same operations on every path]. A difference in the last bit of m can flip a sign and so move a weight by 2 lr. So
+the paths run the same operations in the same order, and each operation is a single correctly rounded one:
+m + (1 - mu)(g - m) is written out, not lerp_, because a fused multiply-add rounds once where two operations round
+twice, and kernels differ in using it. Low precision: see Note [Low-precision arithmetic]; the sign is that of m before
+it is rounded to be stored, which in float16 may leave nothing of a small average.
+
+Note [Non-finite averages]. torch.sign(nan) is 0, which would freeze a weight for ever without a word. sign(m) + 0 * m
+is sign(m) for every finite m, and NaN for NaN and infinity, so the weight shows what happened, as AdamW's would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stac_optimizer import _codes, _rounding, _tensors
+from stac_optimizer._units import Piece, Unit, buckets, units
+from stac_optimizer.rules._rule import Group
+
+__all__ = ["LEAST_AGREEMENT", "Kernels", "Numbers", "Work", "can_pack", "multi_tensor", "single_tensor", "step_unit"]
+
+# Liang et al. divide the masked step by the mean of the mask, floored by this.
+LEAST_AGREEMENT = 1e-3
+
+
+class Numbers(NamedTuple):
+    """What an update multiplies by: floats, or tensors of no dimension.
+
+    Args:
+        lr: the learning rate.
+        decay_factor: 1 - lr * weight_decay; None without decay.
+        change_factor: 1 - momentum.
+        grad_scale: what gradients are divided by, or None.
+    """
+
+    lr: float | Tensor
+    decay_factor: float | Tensor | None
+    change_factor: float | Tensor
+    grad_scale: Tensor | None
+
+
+class Work(NamedTuple):
+    """The update of some parameters of one group.
+
+    Args:
+        wholes: the parameters.
+        tensorlists: their local, real parts; their gradients'; with momentum their averages', as codes also the scales.
+        group: their group.
+        grad_scale: what a GradScaler left the gradients multiplied by.
+        salt: for stochastic rounding, a number for each parameter.
+    """
+
+    wholes: list[Tensor]
+    tensorlists: list[list[Tensor]]
+    group: Group
+    grad_scale: Tensor | None
+    salt: Tensor | None
+
+    def only(self, chosen: Sequence[int]) -> Work:
+        """The same for the parameters at these positions."""
+        tensorlists = [[tensors[index] for index in chosen] for tensors in self.tensorlists]
+        salt = None if self.salt is None else self.salt[list(chosen)]
+        return self._replace(wholes=[self.wholes[i] for i in chosen], tensorlists=tensorlists, salt=salt)
+
+    def numbers(self, device: torch.device) -> Numbers:
+        """The group's numbers. A tensor lr stays one: a captured step then sees its changes."""
+        lr = self.group["lr"]
+        if isinstance(lr, Tensor):
+            lr = lr.reshape(()).to(device)
+        decay_factor = 1 - lr * self.group["weight_decay"] if self.group["weight_decay"] else None
+        scale = None if self.grad_scale is None else self.grad_scale.to(device)
+        return Numbers(lr, decay_factor, 1 - self.group["trunk_momentum"], scale)
+
+
+def _prepared(grad: Tensor, numbers: Numbers, *, maximize: bool) -> Tensor:
+    """The gradient to descend along, in arithmetic precision: what a scale saved would underflow in less."""
+    grad = _tensors.upcast(grad)
+    if numbers.grad_scale is not None:
+        grad = grad / numbers.grad_scale
+    return -grad if maximize else grad
+
+
+def _average(grad: Tensor, exp_avg: Sequence[Tensor], numbers: Numbers) -> tuple[Tensor, Tensor | None]:
+    """The average in arithmetic precision and the change due to it; without momentum the gradient and None."""
+    if not exp_avg:
+        return grad, None
+    average = _codes.decode(*exp_avg) if exp_avg[0].dtype == torch.int8 else _tensors.upcast(exp_avg[0])
+    return average, (grad - average).mul_(numbers.change_factor)
+
+
+def _mask(average: Tensor, grad: Tensor) -> Tensor:
+    """[m * g > 0] as 1 and 0, by the signs, for the product may underflow.
+
+    In numbers, not booleans, whose products and comparisons are several times slower on the CPU.
+    """
+    return torch.sign(average).mul_(torch.sign(grad)).clamp_min_(0)
+
+
+def next_mask(grad: Tensor, exp_avg: Sequence[Tensor], numbers: Numbers, *, maximize: bool) -> Tensor:
+    """The mask that :func:`update` will find. Writes nothing."""
+    grad = _prepared(grad, numbers, maximize=maximize)
+    average, change = _average(grad, exp_avg, numbers)
+    return _mask(average if change is None else average + change, grad)
+
+
+def update(
+    tensors: Sequence[Tensor], numbers: Numbers, *, maximize: bool, mean: Tensor | None, noise: Tensor | None
+) -> None:
+    """Update one piece.
+
+    Args:
+        tensors: weight, gradient; with momentum the average, as codes also the scales.
+        numbers: what to multiply by.
+        maximize: whether to ascend.
+        mean: of the mask; None for a step without one.
+        noise: 16 random bits for each weight, to round by; None to round to nearest.
+    """
+    param, grad, *exp_avg = tensors
+    grad = _prepared(grad, numbers, maximize=maximize)
+    average, change = _average(grad, exp_avg, numbers)
+    if change is not None:
+        average.add_(change)
+        _store(average, exp_avg)
+    weight = _tensors.upcast(param)
+    if numbers.decay_factor is not None:
+        weight.mul_(numbers.decay_factor)
+    direction = torch.sign(average).add_(average, alpha=0)  # Note [Non-finite averages]
+    if mean is not None:
+        direction.mul_(_mask(average, grad)).div_(mean)
+    if mean is None and not isinstance(numbers.lr, Tensor):
+        weight.sub_(direction, alpha=numbers.lr)  # a pass less, and the same bits: a product with 1, 0 or -1 is exact
+    else:
+        weight.sub_(direction.mul_(numbers.lr))
+    if noise is None:
+        _tensors.downcast(weight, param)
+    else:
+        _rounding.round_into(weight, param, noise)
+
+
+def _store(average: Tensor, exp_avg: Sequence[Tensor]) -> None:
+    if exp_avg[0].dtype == torch.int8:
+        _codes.encode_(average, *exp_avg)
+    else:
+        _tensors.downcast(average, exp_avg[0])
+
+
+def count_agreeing(piece: Piece, unit: Unit, numbers: Numbers, *, maximize: bool) -> Tensor:
+    """How many elements the mask of a piece will let pass."""
+    _, grad, *exp_avg = piece.tensors
+    return next_mask(grad, exp_avg, numbers, maximize=maximize).count_nonzero()
+
+
+def update_piece(
+    piece: Piece, unit: Unit, numbers: Numbers, *, maximize: bool, mean: Tensor | None, salt: Tensor | None
+) -> None:
+    """Update a piece of a unit, with stochastic rounding where there is salt."""
+    noise = None if salt is None else _rounding.noise_of(piece, unit, salt)
+    update(piece.tensors, numbers, maximize=maximize, mean=mean, noise=noise)
+
+
+class Kernels(NamedTuple):
+    """What runs on a piece."""
+
+    count_agreeing: Callable[..., Tensor] = count_agreeing
+    update_piece: Callable[..., None] = update_piece
+
+
+def single_tensor(work: Work) -> None:
+    """Update one unit of work after the other."""
+    for unit in units(work.tensorlists, pack=can_pack(work)):
+        step_unit(work, unit, Kernels())
+
+
+def can_pack(work: Work) -> bool:
+    """Whether parameters may share a unit: a mean over shards is taken parameter by parameter."""
+    return not (work.group["trunk_cautious"] and any(map(_tensors.is_sharded, work.wholes)))
+
+
+def step_unit(work: Work, unit: Unit, kernels: Kernels) -> None:
+    """Update a unit of work."""
+    maximize = work.group["maximize"]
+    numbers = work.numbers(work.tensorlists[0][unit.members[0]].device)
+    # Before the first weight, so averages are computed here and again in the update: that costs less than keeping them.
+    mean = _mean_of_unit(work, unit, numbers, kernels) if work.group["trunk_cautious"] else None
+    for piece in unit.pieces:
+        kernels.update_piece(piece, unit, numbers, maximize=maximize, mean=mean, salt=work.salt)
+
+
+def _mean_of_unit(work: Work, unit: Unit, numbers: Numbers, kernels: Kernels) -> Tensor:
+    """The mean of a parameter's mask, floored, or one for each element of a pack.
+
+    A count over a number: exact however a parameter is cut or sharded.
+    """
+    maximize = work.group["maximize"]
+    whole = work.wholes[unit.members[0]]
+    dtype = _tensors.arithmetic_dtype(work.tensorlists[0][unit.members[0]].dtype)
+    if unit.sizes:
+        (mask,) = [
+            next_mask(grad, exp_avg, numbers, maximize=maximize)
+            for _, grad, *exp_avg in (piece.tensors for piece in unit.pieces)
+        ]
+        sizes = torch.tensor(unit.sizes)
+        agreeing = torch.stack([part.count_nonzero() for part in mask.split(list(unit.sizes))])
+        means = (agreeing.to(dtype) / sizes).clamp_(min=LEAST_AGREEMENT)
+        return means.repeat_interleave(sizes, output_size=sum(unit.sizes))
+    counts = [kernels.count_agreeing(piece, unit, numbers, maximize=maximize) for piece in unit.pieces]
+    agreeing = _tensors.sum_over_shards(torch.stack(counts).sum(), whole)
+    numel = whole.numel() * (2 if whole.is_complex() else 1)
+    return (agreeing.to(dtype) / numel).clamp_(min=LEAST_AGREEMENT)
+
+
+def multi_tensor(work: Work) -> None:
+    """Update lists of tensors, a bucket at a time. Masks, codes and stochastic rounding have no such form."""
+    for indices in _tensors.indices_by_device_and_dtype(work.tensorlists):
+        some = work.only(indices).tensorlists
+        numbers = work.numbers(some[0][0].device)
+        # torch.compile fuses the operations by itself.
+        for bucket in [some] if torch.compiler.is_compiling() else buckets(some):
+            _multi_tensor_bucket(bucket, numbers, maximize=work.group["maximize"])
+
+
+def _multi_tensor_bucket(bucket: Sequence[list[Tensor]], numbers: Numbers, *, maximize: bool) -> None:
+    params, grads, *exp_avgs = bucket
+    averages = _multi_tensor_average(grads, exp_avgs, numbers, maximize=maximize)
+    weights = _tensors.foreach_upcast(params)
+    if numbers.decay_factor is not None:
+        _tensors.foreach_mul_(weights, numbers.decay_factor)
+    directions = list(_tensors.foreach_sign(averages))
+    _tensors.foreach_add_(directions, averages, alpha=0)  # Note [Non-finite averages]
+    _tensors.foreach_mul_(directions, numbers.lr)
+    _tensors.foreach_sub_(weights, directions)
+    _tensors.foreach_downcast(weights, params)
+
+
+def _multi_tensor_average(
+    grads: list[Tensor], exp_avgs: Sequence[list[Tensor]], numbers: Numbers, *, maximize: bool
+) -> list[Tensor]:
+    """Update and return the averages, in arithmetic precision, of lists of one device and dtype."""
+    grads = _tensors.foreach_upcast(grads)
+    if numbers.grad_scale is not None:
+        grads = list(_tensors.foreach_div(grads, numbers.grad_scale))
+    if maximize:
+        grads = list(_tensors.foreach_neg(grads))
+    if not exp_avgs:
+        return grads
+    averages = _tensors.foreach_upcast(exp_avgs[0])
+    differences = _tensors.foreach_sub(grads, averages)
+    _tensors.foreach_mul_(differences, numbers.change_factor)
+    _tensors.foreach_add_(averages, differences)
+    _tensors.foreach_downcast(averages, exp_avgs[0])
+    return averages

@@ -1,0 +1,120 @@
+"""Units of work: what is cut, packed, left whole, and that nothing is lost on the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from stac_optimizer import _units
+from tests.support import assert_same_bits, set_units
+
+
+def numels(tensorlists: Sequence[list[Tensor]], *, cut: bool = True) -> list[tuple[tuple[int, ...], list[int]]]:
+    """For each unit the sizes that are packed in it, and the elements of each piece."""
+    return [
+        (unit.sizes, [piece.tensors[0].numel() for piece in unit.pieces]) for unit in _units.units(tensorlists, cut=cut)
+    ]
+
+
+def write_index(piece: _units.Piece) -> None:
+    """Write into each weight of a piece the index that the piece says it has."""
+    weight = piece.tensors[0]
+    index = torch.tensor(piece.offset)
+    for dim, (size, stride) in enumerate(zip(weight.shape, piece.strides, strict=True)):
+        index = index + (torch.arange(size) * stride).view(-1, *[1] * (weight.ndim - dim - 1))
+    weight.copy_(index)
+
+
+def memory_order(param: Tensor) -> Tensor:
+    """What :class:`Piece` calls the index of an element, for each element of a dense tensor."""
+    return torch.arange(param.numel()).as_strided(param.shape, param.stride())
+
+
+@torch.no_grad()
+def test_large_tensors_are_cut_and_small_ones_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_units(monkeypatch, block=15, pack=10)
+    sizes = {"matrix": (6, 10), "vector": (7,), "scalar": (), "empty": (0, 3), "transposed": (4, 5), "vector2": (8,)}
+    params = [torch.arange(float(math.prod(shape))).reshape(shape) for shape in sizes.values()]
+    params[4] = params[4].t()
+    grads = [torch.ones_like(param) for param in params]
+    assert numels([params, grads]) == [((), [15, 15, 15, 15]), ((), [15, 5]), ((7, 1, 0, 8), [16])]
+    assert numels([params, grads], cut=False) == [((), [60]), ((), [20]), ((7, 1, 0, 8), [16])]
+    for unit in _units.units([params, grads]):
+        for piece in unit.pieces:
+            piece.tensors[0].add_(1)
+    for param, shape in zip(params, sizes.values(), strict=True):
+        assert sorted(param.flatten().tolist()) == [1.0 + i for i in range(math.prod(shape))]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cut", [True, False])
+def test_tensors_of_mixed_layouts_are_sliced_and_each_piece_knows_its_elements(
+    cut: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_units(monkeypatch, block=20)
+    channels_last = torch.zeros(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    wide = torch.zeros(1, 2, 100)
+    for param, other in (
+        (torch.zeros(6, 10), torch.zeros(10, 6).t()),
+        (channels_last, torch.zeros(2, 3, 4, 5)),
+        (wide, wide),
+    ):
+        found = torch.full_like(param, -1)
+        (unit,) = _units.units([[found], [other]], cut=cut)
+        for piece in unit.pieces:
+            assert piece.tensors[0].numel() <= 20 or (other is wide and not cut)
+            write_index(piece)
+        assert_same_bits(found, memory_order(param).to(found.dtype))
+
+
+def test_a_recorded_step_gets_whole_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_units(monkeypatch, block=20, pack=100)
+    params = [torch.zeros(6, 10)]
+    assert numels([params, params]) == [((), [60])]
+
+
+@torch.no_grad()
+def test_buckets_hold_all_pieces_in_lists_of_about_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_units(monkeypatch, block=20)
+    params = [torch.zeros(size) for size in (45, 3, 7, 0, 12, 30)]
+    dealt = [[tensor.numel() for tensor in tensors] for tensors, _ in _units.buckets([params, params])]
+    assert dealt == [[20], [20], [5, 3, 7, 0, 12], [20], [10]]
+    assert all(sum(sizes) < 40 for sizes in dealt)
+    assert list(_units.buckets([[], []])) == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(3, 128), (2, 300), (5, 64), (2, 3, 70), (1, 1000)], ids=str)
+@pytest.mark.parametrize("is_contiguous", [True, False])
+@pytest.mark.parametrize("cut", [True, False])
+def test_pieces_in_codes_are_whole_blocks(
+    shape: tuple[int, ...], is_contiguous: bool, cut: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is written once, with its scale and its index, whatever the layout."""
+    set_units(monkeypatch, block=256)
+    param = torch.zeros(shape)
+    if not is_contiguous:
+        param = torch.zeros(*shape, 2)[..., 0]
+    columns = math.prod(shape[1:])
+    blocks = -(-columns // 128)
+    codes, scale = torch.zeros(shape, dtype=torch.int8), torch.zeros(shape[0], blocks)
+    (unit,) = _units.units([[param], [torch.zeros(shape)], [codes], [scale]], cut=cut)
+    for piece in unit.pieces:
+        write_index(piece)
+        weight, _, piece_codes, piece_scale = piece.tensors
+        rows, count, width = weight.shape
+        assert piece_scale.shape == (rows, count, 1)
+        assert width == 128 or (count == 1 and width == columns % 128)
+        index = (
+            torch.arange(rows).view(-1, 1, 1) * piece.strides[0] + torch.arange(count).view(-1, 1) * piece.strides[1]
+        )
+        weight.copy_(piece.offset + index + torch.arange(width) * piece.strides[2])
+        piece_codes.add_(1)
+        piece_scale.add_(1)
+    assert_same_bits(param.contiguous(), torch.arange(float(param.numel())).view(shape))
+    assert (codes == 1).all()
+    assert (scale == 1).all()
