@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from stac_optimizer import STAC
-from tests.support import assert_same_bits, small_model, snapshot, take_steps
+from tests.support import assert_same_bits, seeded_loss, small_model, snapshot, take_steps
 
 Build = Callable[[nn.Module], STAC]
+Run = tuple[nn.Module, STAC]
 
 
 def built(build: Build, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> tuple[nn.Sequential, STAC]:
@@ -32,7 +34,25 @@ def stepped(
     return model, optimizer
 
 
-def assert_equal_runs(one: tuple[nn.Module, STAC], other: tuple[nn.Module, STAC]) -> None:
+def twins(dtype: torch.dtype = torch.float32, **arguments: Any) -> tuple[Run, Run]:
+    """Two equal runs that have not begun."""
+
+    def build(model: nn.Module) -> STAC:
+        return STAC(model, **copy.deepcopy({"lr": 1e-2, **arguments}))
+
+    return built(build, dtype), built(build, dtype)
+
+
+def train(run: Run, seeds: Iterable[int], loss: Callable[[nn.Module, int], Tensor] = seeded_loss) -> None:
+    """An ordinary loop: for each seed zero_grad, backward, step."""
+    model, optimizer = run
+    for seed in seeds:
+        optimizer.zero_grad()
+        loss(model, seed).backward()
+        optimizer.step()
+
+
+def assert_equal_runs(one: Run, other: Run) -> None:
     """Both are in one state to the bit, and stay so over three further steps."""
     assert_same_bits(snapshot(*one), snapshot(*other))
     for model, optimizer in (one, other):

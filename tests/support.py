@@ -29,6 +29,19 @@ def set_gradients(model: nn.Module, seed: int, *, skip: Iterable[str] = ()) -> N
             param.grad = None if name in skip else grad
 
 
+def seeded_loss(model: nn.Module, seed: int) -> Tensor:
+    """The loss of a :func:`small_model` on a random batch, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype = next(model.parameters()).dtype
+    inputs, targets = (torch.randn(8, size, generator=generator).to(dtype) for size in (6, 3))
+    return nn.functional.mse_loss(model(inputs), targets)
+
+
+def names_of_gradients(model: nn.Module) -> list[str]:
+    """The names of the parameters that have a gradient."""
+    return [name for name, param in model.named_parameters() if param.grad is not None]
+
+
 def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: Iterable[int]) -> None:
     """One step with seeded gradients for each seed."""
     for seed in seeds:

@@ -70,5 +70,5 @@ def test_docstring_examples_run(name: str) -> None:
 
 
 def test_the_optimizer_and_the_partition_have_an_example() -> None:
-    for documented in (STAC, stac_optimizer.partition_trainable_layers):
+    for documented in (STAC, STAC.release_gradients, stac_optimizer.partition_trainable_layers):
         assert ">>>" in (inspect.getdoc(documented) or "")

@@ -17,7 +17,15 @@ from torch.profiler import ProfilerActivity, profile
 
 from stac_optimizer import STAC
 from tests.runs import assert_equal_runs, stepped
-from tests.support import assert_same_bits, parameter_state, set_gradients, small_model, snapshot, take_steps
+from tests.support import (
+    assert_same_bits,
+    parameter_state,
+    seeded_loss,
+    set_gradients,
+    small_model,
+    snapshot,
+    take_steps,
+)
 
 PATHS = [
     pytest.param({}, id="default"),
@@ -31,19 +39,13 @@ PATHS = [
 ]
 
 
-def _loss(model: nn.Module, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    inputs, targets = torch.randn(8, 6, generator=generator), torch.randn(8, 3, generator=generator)
-    return nn.functional.mse_loss(model(inputs), targets)
-
-
 def _gradients(model: nn.Module) -> dict[str, Tensor | None]:
     return {name: copy.deepcopy(param.grad) for name, param in model.named_parameters()}
 
 
 def _backward(model: nn.Module, seed: int, scaler: GradScaler | None = None) -> None:
     model.zero_grad()
-    loss = _loss(model, seed)
+    loss = seeded_loss(model, seed)
     (loss if scaler is None else scaler.scale(loss)).backward()
 
 
@@ -160,8 +162,8 @@ def test_accumulated_gradients_step_as_their_sum() -> None:
         optimizer.zero_grad()
         parts = []
         for part in (seed, seed + 1):
-            (_loss(model, part) / 2).backward()
-            parts.append(torch.autograd.grad(_loss(twin_model, part) / 2, list(twin_model.parameters())))
+            (seeded_loss(model, part) / 2).backward()
+            parts.append(torch.autograd.grad(seeded_loss(twin_model, part) / 2, list(twin_model.parameters())))
         for param, one, other in zip(twin_model.parameters(), *parts, strict=True):
             param.grad = one + other
         optimizer.step()
@@ -199,7 +201,7 @@ def test_closure_is_called_once_with_gradients_and_its_loss_returned(grad_enable
     def closure() -> float:
         assert_same_bits(model.state_dict(), before)
         optimizer.zero_grad()
-        loss = _loss(model, 0)
+        loss = seeded_loss(model, 0)
         loss.backward()
         calls.append((torch.is_grad_enabled(), loss.item()))
         return loss.item()
@@ -289,3 +291,28 @@ def test_further_group_is_refused_and_changes_nothing() -> None:
         optimizer.add_param_group(further)
     assert_same_bits(snapshot(model, optimizer), before)
     assert len(optimizer.param_groups) == 2
+
+
+@pytest.mark.parametrize("arguments", PATHS)
+def test_state_bytes_are_those_of_the_table_and_of_the_state_to_come(arguments: dict[str, Any]) -> None:
+    model, optimizer = stepped(0, **arguments)
+    promised = optimizer.state_bytes()
+    assert not optimizer.state
+    take_steps(model, optimizer, [0])
+    held = sum(value.nbytes for state in optimizer.state.values() for value in state.values())
+    layers = (*optimizer.partition.trunk_layers, *optimizer.partition.cap_layers)
+    assert promised == optimizer.state_bytes() == held == sum(layer.state_bytes or 0 for layer in layers)
+
+
+def test_state_bytes_know_parameters_without_names() -> None:
+    params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2, dtype=torch.bfloat16))]
+    groups = [{"params": [param], "stac_role": role} for param, role in zip(params, ("cap", "trunk"), strict=True)]
+    assert STAC(groups, lr=0.1).state_bytes() == (4 + 2 * 3 * 4) + (4 + 2 * 2)
+
+
+def test_state_bytes_are_those_held_where_state_has_another_dtype() -> None:
+    model, optimizer = stepped(1)
+    before = optimizer.state_bytes()
+    state = parameter_state(optimizer, model, "0.weight")
+    state["exp_avg"] = state["exp_avg"].double()
+    assert optimizer.state_bytes() == before + 4 * 30

@@ -25,6 +25,7 @@ __all__ = [
     "build_groups",
     "check_fitness",
     "checked",
+    "name_of",
     "named_parameters",
     "partition_of",
 ]
@@ -270,6 +271,11 @@ def named_parameters(groups: Iterable[Group]) -> Iterator[tuple[str, Tensor, Gro
         names = group.get("param_names") or [f"<group {index}>.{number}" for number in range(len(group["params"]))]
         for name, param in zip(names, group["params"], strict=True):
             yield name, param, group
+
+
+def name_of(groups: Iterable[Group], param: Tensor) -> str:
+    """The name of a parameter that is in one of the groups."""
+    return next(name for name, named, _ in named_parameters(groups) if named is param)
 
 
 def partition_of(groups: Iterable[Group], state: Mapping[Tensor, Mapping[str, Tensor]]) -> STACPartition:

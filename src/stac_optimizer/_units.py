@@ -88,6 +88,9 @@ def units(tensorlists: Sequence[list[Tensor]], *, pack: bool = True, cut: bool =
             yield Unit(blocks(*tensors, numel=block_numel(first) if cut else None), (index,))
     for members in packed.values():
         for some in _filled(members, [tensorlists[0][index].numel() for index in members], BLOCK_NUMEL):
+            if len(some) == 1:
+                yield Unit([_whole(tuple([tensors[some[0]] for tensors in tensorlists]))], tuple(some))
+                continue
             pieces = _Pack([[tensors[index] for index in some] for tensors in tensorlists])
             yield Unit(pieces, tuple(some), tuple(pieces.sizes))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stac_optimizer import checkpoint
+from stac_optimizer._gradients import check_finite, check_gradients, only_make_state
 from stac_optimizer._groups import build_groups, check_fitness, checked, named_parameters, partition_of
-from stac_optimizer._tensors import are_finite, are_zero
+from stac_optimizer._release import GradientRelease
 from stac_optimizer._validation import mapping, warn
 from stac_optimizer.partition import STACPartition
 from stac_optimizer.rules import RULES, Group, StepInputs, hyperparameters
@@ -112,6 +113,7 @@ class STAC(Optimizer):
     """
 
     _accepts_groups = False
+    _release: GradientRelease | None = None
 
     def __init__(
         self,
@@ -179,10 +181,46 @@ class STAC(Optimizer):
         """The layers of trunk and cap, with the bytes of their state; ``print`` shows them as a table."""
         return partition_of(self.param_groups, self.state)
 
+    def state_bytes(self) -> int:
+        """Bytes of the state once every parameter has stepped, and meanwhile what those that have not will hold."""
+        held = named_parameters(self.param_groups)
+        return sum(RULES[group["rule"]].nbytes(param, self.state.get(param, {}), group) for _, param, group in held)
+
+    def release_gradients(self, model: nn.Module) -> GradientRelease:
+        """Update each parameter during backward, as soon as its gradient is there, and free the gradient.
+
+        Args:
+            model: the module that holds the optimizer's parameters.
+
+        Returns:
+            A context manager with ``remove()``. :class:`stac_optimizer._release.GradientRelease` says what changes
+            while it is active.
+
+        Raises:
+            TypeError: ``model`` is no module.
+            ValueError: a parameter of the optimizer is not in ``model``.
+            RuntimeError: what a release cannot serve, such as several ranks. Nothing was changed.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from stac_optimizer import STAC
+            >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+            >>> optimizer = STAC(model, lr=1e-3)
+            >>> with optimizer.release_gradients(model):
+            ...     for _ in range(3):
+            ...         model(torch.ones(2, 4)).square().mean().backward()
+            ...         optimizer.step()
+            >>> [param.grad for param in model.parameters()]
+            [None, None, None, None]
+        """
+        return GradientRelease(self, model)
+
     # Found by torch.amp.GradScaler, which then leaves gradients scaled and sets grad_scale and found_inf for the step.
+    # While gradients are released, a step that has these can say why it refuses them.
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        return all(group["fused"] for group in self.param_groups)
+        return self._release is not None or all(group["fused"] for group in self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: the split comes from the model, so a new one is made from it.
@@ -204,7 +242,7 @@ class STAC(Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient.
+        """Update every parameter that has a gradient; none has while gradients are released, and an iteration ends.
 
         Args:
             closure: computes the loss anew; called once, with gradients enabled.
@@ -215,6 +253,8 @@ class STAC(Optimizer):
         Raises:
             RuntimeError: a gradient that cannot be applied. Parameters and state are as before.
         """
+        if self._release is not None:
+            self._release.end_iteration(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -222,14 +262,24 @@ class STAC(Optimizer):
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if found_inf is not None and found_inf.item():
             return loss
-        self._check_gradients()
-        if found_inf is None and any(group["error_if_nonfinite"] for group in self.param_groups):
-            self._check_finite()
+        self._update(self.param_groups)
+        return loss
+
+    def _update(self, groups: Sequence[Group], position: int | None = None) -> None:
+        """Check, gather, dispatch.
+
+        Args:
+            groups: all of the optimizer's groups, or in backward one group cut to one parameter.
+            position: in backward that parameter's place among all.
+        """
+        check_gradients(groups, self.param_groups, rest_may_have_changed=self._release is not None)
+        if getattr(self, "found_inf", None) is None and any(group["error_if_nonfinite"] for group in groups):
+            check_finite(groups)
+        only_makes_state = position is None and not self.state and only_make_state(groups)
+        start = position or 0
         gathered = []
-        start = 0
-        only_makes_state = self._only_makes_state()
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        for group in self.param_groups:
+        for group in groups:
             params: list[Tensor] = []
             grads: list[Tensor] = []
             states: list[list[Tensor]] = [[] for _ in RULES[group["rule"]].state_tensors(group)]
@@ -241,39 +291,6 @@ class STAC(Optimizer):
             if inputs.params and not only_makes_state:
                 with torch.set_grad_enabled(inputs.group["differentiable"]):
                     RULES[inputs.group["rule"]].update(inputs)
-        return loss
-
-    def _only_makes_state(self) -> bool:
-        """Whether this is the hidden first step of torch.distributed.checkpoint, which is after the state alone.
-
-        It has no lr and no gradient but zeros. To count it would change AdamW's bias correction for all later steps.
-        """
-        if self.state or torch.compiler.is_compiling() or any(group["lr"] for group in self.param_groups):
-            return False
-        return are_zero([p.grad for group in self.param_groups for p in group["params"] if p.grad is not None])
-
-    def _check_gradients(self) -> None:
-        for group in self.param_groups:
-            refusal = RULES[group["rule"]].refusal
-            for param in group["params"]:
-                grad = param.grad
-                reason = None if grad is None else refusal(param, grad, group)
-                if reason is not None:
-                    name = next(name for name, named, _ in named_parameters(self.param_groups) if named is param)
-                    raise RuntimeError(f"{name!r} ({group['stac_role']}) {reason}. Nothing was changed")
-
-    def _check_finite(self) -> None:
-        held = [
-            (name, group["stac_role"], param.grad)
-            for name, param, group in named_parameters(self.param_groups)
-            if group["error_if_nonfinite"] and param.grad is not None
-        ]
-        if not are_finite([grad for _, _, grad in held]):
-            name, role = next((name, role) for name, role, grad in held if not are_finite([grad]))
-            raise RuntimeError(
-                f"the gradient of {name!r} ({role}) holds NaN or infinity. Nothing was changed; skip this batch, lower "
-                "the lr or clip gradients, or pass error_if_nonfinite=False to let the weight become NaN"
-            )
 
     def _init_group(
         self,
