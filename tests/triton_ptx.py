@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from stac_optimizer.rules import _sign_momentum_kernels
+from stac_optimizer.rules import _sign_momentum_triton_kernels
 from stac_optimizer.rules import _sign_momentum_triton as host
 
 LOW = torch.bfloat16
@@ -64,7 +64,7 @@ def compile_step(
     is_stochastic: bool = False,
 ) -> None:
     """Add the kernels of one step."""
-    for kernel in (_sign_momentum_kernels.count_kernel, _sign_momentum_kernels.update_kernel):
+    for kernel in (_sign_momentum_triton_kernels.count_kernel, _sign_momentum_triton_kernels.update_kernel):
         setattr(host, kernel.__name__, Compiling(kernel, ptx, name, options or {}))
 
     def tensors(dtype: torch.dtype) -> list[Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stac_optimizer import _tensors
 from stac_optimizer.rules._device_tables import integers, numbers, owners
-from stac_optimizer.rules._sign_momentum_kernels import CHUNK, OPTIONS, count_kernel, update_kernel
+from stac_optimizer.rules._sign_momentum_triton_kernels import CHUNK, OPTIONS, count_kernel, update_kernel
 
 __all__ = ["fused_sign_momentum"]
 
