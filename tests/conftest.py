@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+import os
+
 import torch
+
+# Without a CUDA device Triton's kernels run in its interpreter. It has to know before it is imported, hence before all
+# that may import it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
 from hypothesis import settings
 
 # A busy machine may take longer over an example than hypothesis allows; what is slow, no test asserts.

@@ -44,8 +44,8 @@ class RuleCase:
         return STAC(groups, **{**self.arguments, **self.paths[path], **overrides})
 
 
-TRUNK_PATHS = {"single": {"foreach": False}, "foreach": {"foreach": True}}
-CAP_PATHS = {**TRUNK_PATHS, "fused": {"fused": True}}
+# On the CPU the trunk's fused path leaves tensors as small as those here to the single-tensor one.
+PATHS = {"single": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 
 
 def _trunk(name: str, **arguments: Any) -> RuleCase:
@@ -54,7 +54,7 @@ def _trunk(name: str, **arguments: Any) -> RuleCase:
         role="trunk",
         arguments={"lr": 0.01, "weight_decay": 0.1, **arguments},
         reference=reference.sign_momentum,
-        paths=TRUNK_PATHS,
+        paths=PATHS,
         is_sign=True,
     )
 
@@ -65,7 +65,7 @@ def _cap(name: str, **arguments: Any) -> RuleCase:
         role="cap",
         arguments={"lr": 0.01, "weight_decay": 0.1, **arguments},
         reference=reference.adamw,
-        paths=CAP_PATHS,
+        paths=PATHS,
         # A rounding for each of about ten operations, low-precision ones in their own dtype.
         slack=4.0,
         # In float16 torch's squared gradients underflow, to infinite steps; there only equality with torch is asserted.

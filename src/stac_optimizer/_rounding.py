@@ -96,5 +96,5 @@ def _noise(index: Tensor, salt: Tensor) -> Tensor:
 def round_into(weight: Tensor, param: Tensor, noise: Tensor) -> None:
     """Round float32 values into a bfloat16 tensor: up or down, by chance, right in the mean."""
     bits = (weight.view(torch.int32) + noise).bitwise_and_(~0xFFFF)
-    # The noise carries some NaN over into numbers; 0 * weight brings them back.
-    param.copy_(bits.view(torch.float32).add_(weight, alpha=0))
+    # The sum carries some NaN over into numbers; NaN differs from itself.
+    param.copy_(torch.where(weight == weight, bits.view(torch.float32), weight))  # noqa: PLR0124

@@ -41,6 +41,7 @@ __all__ = [
     "foreach_upcast",
     "fused_devices",
     "has_layout_of",
+    "in_layout_of",
     "indices_by_device_and_dtype",
     "is_dense",
     "is_foreach_faster",
@@ -235,6 +236,11 @@ def unscaled(grads: list[Tensor], grad_scale: Tensor | None) -> list[Tensor]:
 def has_layout_of(tensor: Tensor, other: Tensor) -> bool:
     """Whether both fill their memory without gaps, element for element in the same order."""
     return tensor.shape == other.shape and tensor.stride() == other.stride() and is_dense(other)
+
+
+def in_layout_of(param: Tensor, grad: Tensor) -> Tensor:
+    """The gradient, or a copy, in the layout of a dense parameter."""
+    return grad if has_layout_of(grad, param) else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -259,9 +259,6 @@ class STAC(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        if found_inf is not None and found_inf.item():
-            return loss
         self._update(self.param_groups)
         return loss
 
@@ -272,8 +269,14 @@ class STAC(Optimizer):
             groups: all of the optimizer's groups, or in backward one group cut to one parameter.
             position: in backward that parameter's place among all.
         """
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        is_scaled = found_inf is not None
+        if found_inf is not None and not all(RULES[group["rule"]].skips_by_itself(group) for group in groups):
+            if found_inf.item():
+                return
+            found_inf = None
         check_gradients(groups, self.param_groups, rest_may_have_changed=self._release is not None)
-        if getattr(self, "found_inf", None) is None and any(group["error_if_nonfinite"] for group in groups):
+        if not is_scaled and any(group["error_if_nonfinite"] for group in groups):
             check_finite(groups)
         only_makes_state = position is None and not self.state and only_make_state(groups)
         start = position or 0
@@ -286,9 +289,10 @@ class STAC(Optimizer):
             positions: list[int] = []
             self._init_group(group, start, positions, params, grads, *states)
             start += len(group["params"])
-            gathered.append(StepInputs(group, params, grads, states, grad_scale, positions))
+            if params:
+                gathered.append(StepInputs(group, params, grads, states, grad_scale, positions, found_inf))
         for inputs in gathered:
-            if inputs.params and not only_makes_state:
+            if not only_makes_state:
                 with torch.set_grad_enabled(inputs.group["differentiable"]):
                     RULES[inputs.group["rule"]].update(inputs)
 

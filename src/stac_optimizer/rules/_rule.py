@@ -108,6 +108,7 @@ class StepInputs(NamedTuple):
         states: one list for each of the rule's :meth:`Rule.state_tensors`, in that order.
         grad_scale: what a GradScaler left the gradients multiplied by.
         positions: for each parameter its place among all of the optimizer.
+        found_inf: not 0 where a GradScaler found NaN or infinity, for rules that skip such a step by themselves.
     """
 
     group: Group
@@ -116,6 +117,7 @@ class StepInputs(NamedTuple):
     states: Sequence[list[Tensor]]
     grad_scale: Tensor | None = None
     positions: Sequence[int] = ()
+    found_inf: Tensor | None = None
 
 
 class Rule(ABC):
@@ -157,6 +159,10 @@ class Rule(ABC):
         if group["differentiable"] and param.is_leaf and param.requires_grad:
             return "is a leaf that requires grad, which a differentiable step cannot change in place; give clones"
         return self.unfitness(param, group)
+
+    def skips_by_itself(self, group: Group) -> bool:
+        """Whether :meth:`update` itself reads ``found_inf`` on the device, so that the host need not wait for it."""
+        return False
 
     def advice(self, names: Sequence[str], params: Sequence[Tensor], group: Group) -> str | None:
         """What the user should be warned of at construction, or None."""

@@ -1,208 +1,101 @@
-"""The trunk's update in one pass over memory: what ``fused=True`` runs. See :mod:`.sign_momentum` for the rule.
-
-On the CPU torch.compile makes one loop of the operations of :mod:`._sign_momentum_kernels`, and so the same bits; it is
-limited by the bytes of weight, gradient and average. Compiled once for each :class:`Variant`: sizes are dynamic, and lr
-and all other numbers reach the loop as tensors, which may change without another compilation.
-"""
+"""Which kernels ``fused=True`` means for the trunk: on the CPU those of torch.compile, on CUDA those of Triton."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import importlib.util
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from stac_optimizer import _codes, _rounding, _tensors, _units
-from stac_optimizer._units import Piece, Unit, units
-from stac_optimizer._validation import warn
-from stac_optimizer.rules._sign_momentum_kernels import (
-    Kernels,
-    Numbers,
-    Work,
-    can_pack,
-    count_agreeing,
-    next_mask,
-    single_tensor,
-    step_unit,
-    update,
-    update_piece,
-)
+from stac_optimizer import _codes, _tensors
+from stac_optimizer.rules._rule import Group
+from stac_optimizer.rules._sign_momentum_compiled import compiled
+from stac_optimizer.rules._sign_momentum_kernels import LEAST_AGREEMENT, Work, single_tensor
 
-__all__ = ["fused"]
+__all__ = ["fused", "has_fused", "skips_by_itself"]
 
-# Enough for inductor to see that threads pay.
-PROBE_NUMEL = 128 * 1024
+# bfloat16 arithmetic, and the kernels' 16-byte accesses.
+LEAST_CAPABILITY = (8, 0)
 
 
-class Variant(NamedTuple):
-    """What a compiled kernel is made for; all else may change between calls.
-
-    Args:
-        dtypes: of weight, gradient, average and scales.
-        decays: whether weights decay.
-        is_scaled: whether gradients come with a scale.
-        maximize: whether to ascend.
-        masked: whether the step has a mask.
-        rounds: whether weights are rounded stochastically.
-        threads: how many share a loop; inductor writes their number into it.
-    """
-
-    dtypes: tuple[torch.dtype, ...]
-    decays: bool
-    is_scaled: bool
-    maximize: bool
-    masked: bool
-    rounds: bool
-    threads: int
-
-    @property
-    def is_coded(self) -> bool:
-        """Whether averages are held in codes."""
-        return torch.int8 in self.dtypes
-
-
-def fused(work: Work) -> None:
-    """Update on the CPU by compiled kernels; what is small, in mixed layouts, or cannot be compiled, as by default."""
-    for indices in _tensors.indices_by_device_and_dtype(work.tensorlists):
-        some = work.only(indices)
-        compiled = _compiled(_variant(some)) if _is_worth_compiling(some) else None
-        if compiled is None:
-            single_tensor(some)
-            continue
-        bound = _Bound(compiled, some)
-        for unit in units(some.tensorlists, pack=can_pack(some), cut=False):
-            step_unit(some, unit, Kernels(bound.count_agreeing, bound.update_piece))
-
-
-def _is_worth_compiling(work: Work) -> bool:
-    return any(param.is_cpu and param.numel() > _units.PACK_NUMEL for param in work.tensorlists[0])
-
-
-def _variant(work: Work) -> Variant:
-    return Variant(
-        dtypes=tuple(tensors[0].dtype for tensors in work.tensorlists),
-        decays=work.group["weight_decay"] > 0,
-        is_scaled=work.grad_scale is not None,
-        maximize=work.group["maximize"],
-        masked=work.group["trunk_cautious"],
-        rounds=work.salt is not None,
-        threads=torch.get_num_threads(),
-    )
-
-
-class Compiled(NamedTuple):
-    """The kernels of one variant."""
-
-    count: Callable[..., Any]
-    update: Callable[..., Any]
+def has_fused(params: Sequence[Tensor]) -> bool:
+    """Whether there are such kernels for the devices of all of these; torch.compile fuses by itself."""
+    return not torch.compiler.is_compiling() and all(param.is_cpu or has_triton(param.device) for param in params)
 
 
 @functools.cache
-def _compiled(variant: Variant) -> Compiled | None:
-    """The kernels of a variant, or None and one warning where they cannot be compiled."""
-
-    # Where dynamo is disabled these run as they stand, on whole tensors: better not at all.
-    def count(tensors: Sequence[Tensor], numbers: Numbers) -> Tensor | None:
-        if not torch.compiler.is_compiling():
-            return None
-        _, grad, *exp_avg = _blocks(tensors, variant)
-        return next_mask(grad, exp_avg, numbers, maximize=variant.maximize).count_nonzero()
-
-    def step(tensors: Sequence[Tensor], numbers: Numbers, mean: Tensor | None, salt: Tensor | None) -> bool:
-        if not torch.compiler.is_compiling():
-            return False
-        tensors = _blocks(tensors, variant)
-        noise = None if salt is None else _rounding.noise_of_run(tensors[0], salt)
-        update(tensors, numbers, maximize=variant.maximize, mean=mean, noise=noise)
-        return True
-
-    compiled = Compiled(_compile(count), _compile(step))
-    tensors, numbers, mean, salt = _probe(variant)
-    try:
-        has_run = compiled.update(tensors, numbers, mean, salt)
-        if variant.masked:
-            compiled.count(tensors, numbers)
-    except Exception as error:  # a missing or broken compiler shows in many ways
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    else:
-        if has_run:
-            return compiled
-        reason = "torch.compile is disabled"
-    _warn_once(
-        f"fused=True: the trunk's kernel for the CPU could not be compiled ({reason}); its default path runs instead, "
-        "with the same results. It needs a C++ compiler"
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton's kernels run on this device. Triton comes with torch's builds for CUDA."""
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return (
+        is_nvidia
+        and importlib.util.find_spec("triton") is not None
+        and torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
     )
-    return None
 
 
-_warn_once = functools.cache(warn)
+def fused(work: Work) -> None:
+    """Update by the kernels of each device."""
+    for indices in _tensors.indices_by_device_and_dtype(work.tensorlists):
+        some = work.only(indices)
+        if some.tensorlists[0][0].is_cpu:
+            compiled(some)
+        else:
+            by_triton(some)
 
 
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    # dynamo gives up on a code object after a few recompilations, so each variant gets one of its own.
-    function.__code__ = function.__code__.replace()
-    return torch.compile(function, dynamic=True, fullgraph=True)
+def by_triton(work: Work) -> None:
+    """Update parameters of one device and dtype in one launch; those that it does not fit one by one."""
+    fits = [
+        fits_triton(tensor, whole, work.group) for whole, tensor in zip(work.wholes, work.tensorlists[0], strict=True)
+    ]
+    if not all(fits):
+        single_tensor(work.only([index for index, fit in enumerate(fits) if not fit]))
+    chosen = [index for index, fit in enumerate(fits) if fit]
+    if not chosen:
+        return
+    from stac_optimizer.rules._sign_momentum_triton import fused_sign_momentum  # noqa: PLC0415 - not everywhere there
+
+    work = work.only(chosen)
+    params, grads, *exp_avgs = work.tensorlists
+    grads = list(map(_tensors.in_layout_of, params, grads))
+    numbers = work.numbers(params[0].device)
+    fused_sign_momentum(
+        params,
+        grads,
+        exp_avgs[0] if exp_avgs else [],
+        exp_avgs[1] if len(exp_avgs) > 1 else [],
+        lr=numbers.lr,
+        decay_factor=numbers.decay_factor,
+        change_factor=1 - work.group["trunk_momentum"],
+        cautious_floor=LEAST_AGREEMENT if work.group["trunk_cautious"] else None,
+        maximize=work.group["maximize"],
+        grad_scale=numbers.grad_scale,
+        found_inf=work.found_inf,
+        salts=work.salt,
+    )
 
 
-def _blocks(tensors: Sequence[Tensor], variant: Variant) -> Sequence[Tensor]:
-    """Those tensors; where they hold codes the length of their rows, being asked for, is a constant of the kernel."""
-    is_expected = not variant.is_coded or tensors[0].shape[1] == _codes.BLOCK
-    return tensors if is_expected else ()
+def fits_triton(param: Tensor, whole: Tensor, group: Group) -> bool:
+    """Whether Triton's kernels, which walk memory, can update a parameter.
 
-
-def _probe(variant: Variant) -> tuple[list[Tensor], Numbers, Tensor | None, Tensor | None]:
-    """Arguments for a first call, which compiles and touches nothing of the user's."""
-    shape = (PROBE_NUMEL // _codes.BLOCK, _codes.BLOCK) if variant.is_coded else (PROBE_NUMEL,)
-    tensors = [torch.zeros(shape, dtype=each) for each in variant.dtypes]
-    if variant.is_coded:
-        tensors[-1] = torch.zeros(shape[0], 1)
-    dtype = _tensors.arithmetic_dtype(variant.dtypes[0])
-    # Each number a tensor of its own: the kernel would be made for those that are one.
-    lr, decay_factor, change_factor, scale, mean = (torch.ones((), dtype=dtype) for _ in range(5))
-    numbers = Numbers(lr, decay_factor if variant.decays else None, change_factor, scale if variant.is_scaled else None)
-    salt = torch.zeros((), dtype=torch.int32) if variant.rounds else None
-    return tensors, numbers, mean if variant.masked else None, salt
-
-
-class _Bound:
-    """The kernels of :mod:`._sign_momentum_kernels` for some work: compiled ones for what they fit, else those."""
-
-    def __init__(self, compiled: Compiled, work: Work) -> None:
-        self.compiled = compiled
-        self.work = work
-        dtype = _tensors.arithmetic_dtype(work.tensorlists[0][0].dtype)
-        given: Sequence[Any] = work.numbers(torch.device("cpu"))
-        self.numbers = Numbers._make(None if n is None else torch.as_tensor(n, dtype=dtype) for n in given)
-
-    def count_agreeing(self, piece: Piece, unit: Unit, numbers: Numbers, *, maximize: bool) -> Tensor:
-        """As :func:`._sign_momentum_kernels.count_agreeing`."""
-        tensors = _as_run(piece)
-        counted: Tensor | None = None if tensors is None else self.compiled.count(tensors, self.numbers)
-        return count_agreeing(piece, unit, numbers, maximize=maximize) if counted is None else counted
-
-    def update_piece(
-        self, piece: Piece, unit: Unit, numbers: Numbers, *, maximize: bool, mean: Tensor | None, salt: Tensor | None
-    ) -> None:
-        """As :func:`._sign_momentum_kernels.update_piece`."""
-        tensors = None if unit.sizes else _as_run(piece)
-        own_salt = None if salt is None else _rounding.salt_from(piece.offset, salt[unit.members[0]])
-        if tensors is None or not self.compiled.update(tensors, self.numbers, mean, own_salt):
-            update_piece(piece, unit, numbers, maximize=maximize, mean=mean, salt=salt)
-
-
-def _as_run(piece: Piece) -> list[Tensor] | None:
-    """The tensors of a piece whose elements follow one another in memory, one dimension, or blocks of codes as rows.
-
-    None for a piece that lies otherwise, or whose blocks are short.
+    Args:
+        param: what of it is on this rank.
+        whole: the parameter itself; means over shards are not for one launch.
+        group: its group.
     """
-    if not all(map(Tensor.is_contiguous, piece.tensors)):
-        return None
-    tensors = [tensor.detach() for tensor in piece.tensors]  # a kernel is made for tensors that require grad, or do not
-    if not _codes.is_coded(tensors):
-        return tensors if piece.strides == (1,) else None
-    *dense, scale = tensors
-    if dense[0].shape[-1] != _codes.BLOCK:
-        return None
-    return [*(tensor.view(-1, _codes.BLOCK) for tensor in dense), scale.view(-1, 1)]
+    if group["trunk_cautious"] and _tensors.is_sharded(whole):
+        return False
+    if group["trunk_state_dtype"] == torch.int8 and _codes.can_be_coded(param):
+        return param.is_contiguous() and not _codes.matrix_shape(param)[1] % _codes.BLOCK
+    return _tensors.is_dense(param)
+
+
+def skips_by_itself(group: Group) -> bool:
+    """Whether kernels read ``found_inf`` for every parameter."""
+    wholes = group["params"]
+    local = _tensors.real_views(_tensors.local_views(wholes))
+    is_fused = group["fused"] and has_fused(wholes) and not any(param.is_cpu for param in wholes)
+    return is_fused and all(fits_triton(param, whole, group) for param, whole in zip(local, wholes, strict=True))

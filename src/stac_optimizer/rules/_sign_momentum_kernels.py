@@ -53,6 +53,7 @@ class Work(NamedTuple):
         group: their group.
         grad_scale: what a GradScaler left the gradients multiplied by.
         salt: for stochastic rounding, a number for each parameter.
+        found_inf: not 0 where a GradScaler found NaN or infinity; given to kernels that can skip the step themselves.
     """
 
     wholes: list[Tensor]
@@ -60,6 +61,7 @@ class Work(NamedTuple):
     group: Group
     grad_scale: Tensor | None
     salt: Tensor | None
+    found_inf: Tensor | None
 
     def only(self, chosen: Sequence[int]) -> Work:
         """The same for the parameters at these positions."""
@@ -211,7 +213,9 @@ def _mean_of_unit(work: Work, unit: Unit, numbers: Numbers, kernels: Kernels) ->
     counts = [kernels.count_agreeing(piece, unit, numbers, maximize=maximize) for piece in unit.pieces]
     agreeing = _tensors.sum_over_shards(torch.stack(counts).sum(), whole)
     numel = whole.numel() * (2 if whole.is_complex() else 1)
-    return (agreeing.to(dtype) / numel).clamp_(min=LEAST_AGREEMENT)
+    # By a tensor: on CUDA a quotient by a number is a product with its reciprocal, and rounds twice.
+    agreeing = agreeing.to(dtype)
+    return agreeing.div_(torch.full_like(agreeing, numel)).clamp_(min=LEAST_AGREEMENT)
 
 
 def multi_tensor(work: Work) -> None:

@@ -57,11 +57,16 @@ class AdamW(Rule):
             return f"is on {device!r}, which cannot be captured; use capturable=False"
         return None
 
+    def skips_by_itself(self, group: Group) -> bool:
+        params = _tensors.local_views(group["params"])
+        is_fused = group["fused"] and not group["stochastic_rounding"]
+        return is_fused and not any(param.is_cpu for param in params) and all(map(_tensors.is_dense, params))
+
     def update(self, inputs: StepInputs) -> None:
         """Call torch, on the path that the flags ask for."""
         params, grads = _tensors.local_views(inputs.params), _tensors.local_views(inputs.grads, inputs.params)
         states = [_tensors.local_views(tensors) for tensors in inputs.states]
-        work = Work(params, grads, states, inputs.group, inputs.grad_scale)
+        work = Work(params, grads, states, inputs.group, inputs.grad_scale, inputs.found_inf)
         if inputs.group["stochastic_rounding"]:
             _rounding_adamw(work, inputs.positions)
         elif inputs.group["fused"]:
@@ -80,6 +85,7 @@ class Work(NamedTuple):
     states: list[list[Tensor]]
     group: Group
     grad_scale: Tensor | None
+    found_inf: Tensor | None
 
     def only(self, chosen: Sequence[int]) -> Work:
         """The same for the parameters at these positions."""
@@ -92,11 +98,11 @@ class Work(NamedTuple):
 # wrong values or write outside the parameter. Gradients are brought to the parameter's layout; a parameter with gaps in
 # memory, such as a slice, takes the single-tensor path.
 def _fused_adamw(work: Work) -> None:
-    dense = [_tensors.has_layout_of(exp_avg, param) for param, exp_avg in zip(work.params, work.states[1], strict=True)]
+    dense = list(map(_tensors.is_dense, work.params))
     some = work.only([index for index, is_dense in enumerate(dense) if is_dense])
     # torch's kernel writes the unscaled gradients back, so with a scale it gets copies.
     grads = [
-        _in_layout_of(param, grad if work.grad_scale is None else grad.clone())
+        _tensors.in_layout_of(param, grad if work.grad_scale is None else grad.clone())
         for param, grad in zip(some.params, some.grads, strict=True)
     ]
     if some.params:
@@ -104,10 +110,6 @@ def _fused_adamw(work: Work) -> None:
     rest = work.only([index for index, is_dense in enumerate(dense) if not is_dense])
     if rest.params:
         _single_tensor_adamw(rest)
-
-
-def _in_layout_of(param: Tensor, grad: Tensor) -> Tensor:
-    return grad if _tensors.has_layout_of(grad, param) else torch.empty_like(param).copy_(grad)
 
 
 def _single_tensor_adamw(work: Work) -> None:
@@ -181,6 +183,7 @@ def _adamw(work: Work, *, fused: bool | None = None, foreach: bool | None = None
         differentiable=group["differentiable"],
         fused=fused,
         grad_scale=work.grad_scale if fused else None,
+        found_inf=work.found_inf if fused else None,
         has_complex=any(param.is_complex() for param in weights),
         amsgrad=group["amsgrad"],
         beta1=beta1,

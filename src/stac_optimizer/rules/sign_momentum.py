@@ -18,7 +18,7 @@ from torch import Tensor
 from stac_optimizer import _codes, _rounding, _tensors
 from stac_optimizer._validation import boolean, one_of, unit_fraction
 from stac_optimizer.rules._rule import Group, Hyperparameter, Rule, StateTensor, StepInputs
-from stac_optimizer.rules._sign_momentum_fused import fused
+from stac_optimizer.rules._sign_momentum_fused import fused, has_fused, skips_by_itself
 from stac_optimizer.rules._sign_momentum_kernels import Work, multi_tensor, single_tensor
 
 __all__ = ["SignMomentum"]
@@ -94,32 +94,39 @@ class SignMomentum(Rule):
 
     def path(self, params: Sequence[Tensor], group: Group) -> str:
         path = super().path(params, group)
-        if path == "fused" and not _has_fused(params):
+        if path == "fused" and not has_fused(params):
             path = super().path(params, {**group, "fused": None})
         # Masks, codes and stochastic rounding have no form on lists of tensors.
         is_listed = not (group["trunk_cautious"] or group["stochastic_rounding"])
         return "single" if path == "foreach" and not (is_listed and group["trunk_state_dtype"] != torch.int8) else path
 
+    def skips_by_itself(self, group: Group) -> bool:
+        return skips_by_itself(group)
+
     def update(self, inputs: StepInputs) -> None:
-        params, group = inputs.params, inputs.group
-        steps, *averages = inputs.states
+        steps = inputs.states[0]
         _tensors.count_step_(steps)
-        local = [_tensors.local_views(params), _tensors.local_views(inputs.grads, params)]
-        local += [_tensors.local_views(tensors) for tensors in averages]
-        salt = None
-        if group["stochastic_rounding"]:
-            salt = _rounding.salts(group["rounding_seed"], inputs.positions, steps)
-        work = Work(params, [_tensors.real_views(tensors) for tensors in local], group, inputs.grad_scale, salt)
-        kernel = KERNELS[self.path(params, group)]
+        if inputs.found_inf is not None:
+            found_inf = inputs.found_inf.to(steps[0].device)
+            _tensors.foreach_sub_(steps, [found_inf] * len(steps))
+        work = _work(inputs)
+        if inputs.group["stochastic_rounding"]:
+            salt = _rounding.salts(inputs.group["rounding_seed"], inputs.positions, steps)
+            work = work._replace(salt=salt)
+        kernel = KERNELS[self.path(inputs.params, inputs.group)]
         for part in _by_state_kind(work):
             kernel(part)
 
 
+def _work(inputs: StepInputs) -> Work:
+    params = inputs.params
+    local = [_tensors.local_views(params), _tensors.local_views(inputs.grads, params)]
+    local += [_tensors.local_views(tensors) for tensors in inputs.states[1:]]
+    tensorlists = [_tensors.real_views(tensors) for tensors in local]
+    return Work(params, tensorlists, inputs.group, inputs.grad_scale, None, inputs.found_inf)
+
+
 KERNELS: Mapping[str, Callable[[Work], None]] = {"single": single_tensor, "foreach": multi_tensor, "fused": fused}
-
-
-def _has_fused(params: Sequence[Tensor]) -> bool:
-    return not torch.compiler.is_compiling() and all(param.is_cpu for param in params)
 
 
 def _by_state_kind(work: Work) -> list[Work]:

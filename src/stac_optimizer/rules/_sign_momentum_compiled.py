@@ -1,0 +1,203 @@
+"""The trunk's update on the CPU in one pass over memory, by torch.compile: what ``fused=True`` runs there.
+
+One loop is made of the operations of ``_sign_momentum_kernels.py``, so the bits are the same; it is limited by the
+bytes of weight, gradient and average. It is compiled once for each :class:`Variant`: sizes are dynamic, and lr and all
+other numbers reach the loop as tensors, which may change without another compilation.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stac_optimizer import _codes, _rounding, _tensors, _units
+from stac_optimizer._units import Piece, Unit, units
+from stac_optimizer._validation import warn
+from stac_optimizer.rules._sign_momentum_kernels import (
+    Kernels,
+    Numbers,
+    Work,
+    can_pack,
+    count_agreeing,
+    next_mask,
+    single_tensor,
+    step_unit,
+    update,
+    update_piece,
+)
+
+__all__ = ["compiled"]
+
+# Enough for inductor to see that threads pay.
+PROBE_NUMEL = 128 * 1024
+
+
+class Variant(NamedTuple):
+    """What a compiled kernel is made for; all else may change between calls.
+
+    Args:
+        dtypes: of weight, gradient, average and scales.
+        decays: whether weights decay.
+        is_scaled: whether gradients come with a scale.
+        maximize: whether to ascend.
+        masked: whether the step has a mask.
+        rounds: whether weights are rounded stochastically.
+        threads: how many share a loop; inductor writes their number into it.
+    """
+
+    dtypes: tuple[torch.dtype, ...]
+    decays: bool
+    is_scaled: bool
+    maximize: bool
+    masked: bool
+    rounds: bool
+    threads: int
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether averages are held in codes."""
+        return torch.int8 in self.dtypes
+
+
+def compiled(work: Work) -> None:
+    """Update parameters of one dtype; what is small, in mixed layouts, or cannot be compiled, as by default."""
+    is_worth_it = any(param.numel() > _units.PACK_NUMEL for param in work.tensorlists[0])
+    found = _compiled(_variant(work)) if is_worth_it else None
+    if found is None:
+        single_tensor(work)
+        return
+    bound = _Bound(found, work)
+    for unit in units(work.tensorlists, pack=can_pack(work), cut=False):
+        step_unit(work, unit, Kernels(bound.count_agreeing, bound.update_piece))
+
+
+def _variant(work: Work) -> Variant:
+    return Variant(
+        dtypes=tuple(tensors[0].dtype for tensors in work.tensorlists),
+        decays=work.group["weight_decay"] > 0,
+        is_scaled=work.grad_scale is not None,
+        maximize=work.group["maximize"],
+        masked=work.group["trunk_cautious"],
+        rounds=work.salt is not None,
+        threads=torch.get_num_threads(),
+    )
+
+
+class Compiled(NamedTuple):
+    """The kernels of one variant."""
+
+    count: Callable[..., Any]
+    update: Callable[..., Any]
+
+
+@functools.cache
+def _compiled(variant: Variant) -> Compiled | None:
+    """The kernels of a variant, or None and one warning where they cannot be compiled."""
+
+    # Where dynamo is disabled these run as they stand, on whole tensors: better not at all.
+    def count(tensors: Sequence[Tensor], numbers: Numbers) -> Tensor | None:
+        if not torch.compiler.is_compiling():
+            return None
+        _, grad, *exp_avg = _blocks(tensors, variant)
+        return next_mask(grad, exp_avg, numbers, maximize=variant.maximize).count_nonzero()
+
+    def step(tensors: Sequence[Tensor], numbers: Numbers, mean: Tensor | None, salt: Tensor | None) -> bool:
+        if not torch.compiler.is_compiling():
+            return False
+        tensors = _blocks(tensors, variant)
+        noise = None if salt is None else _rounding.noise_of_run(tensors[0], salt)
+        update(tensors, numbers, maximize=variant.maximize, mean=mean, noise=noise)
+        return True
+
+    made = Compiled(_compile(count), _compile(step))
+    tensors, numbers, mean, salt = _probe(variant)
+    try:
+        has_run = made.update(tensors, numbers, mean, salt)
+        if variant.masked:
+            made.count(tensors, numbers)
+    except Exception as error:  # a missing or broken compiler shows in many ways
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    else:
+        if has_run:
+            return made
+        reason = "torch.compile is disabled"
+    _warn_once(
+        f"fused=True: the trunk's kernel for the CPU could not be compiled ({reason}); its default path runs instead, "
+        "with the same results. It needs a C++ compiler"
+    )
+    return None
+
+
+_warn_once = functools.cache(warn)
+
+
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    # dynamo gives up on a code object after a few recompilations, so each variant gets one of its own.
+    function.__code__ = function.__code__.replace()
+    return torch.compile(function, dynamic=True, fullgraph=True)
+
+
+def _blocks(tensors: Sequence[Tensor], variant: Variant) -> Sequence[Tensor]:
+    """Those tensors; where they hold codes the length of their rows, being asked for, is a constant of the kernel."""
+    is_expected = not variant.is_coded or tensors[0].shape[1] == _codes.BLOCK
+    return tensors if is_expected else ()
+
+
+def _probe(variant: Variant) -> tuple[list[Tensor], Numbers, Tensor | None, Tensor | None]:
+    """Arguments for a first call, which compiles and touches nothing of the user's."""
+    shape = (PROBE_NUMEL // _codes.BLOCK, _codes.BLOCK) if variant.is_coded else (PROBE_NUMEL,)
+    tensors = [torch.zeros(shape, dtype=each) for each in variant.dtypes]
+    if variant.is_coded:
+        tensors[-1] = torch.zeros(shape[0], 1)
+    dtype = _tensors.arithmetic_dtype(variant.dtypes[0])
+    # Each number a tensor of its own: the kernel would be made for those that are one.
+    lr, decay_factor, change_factor, scale, mean = (torch.ones((), dtype=dtype) for _ in range(5))
+    numbers = Numbers(lr, decay_factor if variant.decays else None, change_factor, scale if variant.is_scaled else None)
+    salt = torch.zeros((), dtype=torch.int32) if variant.rounds else None
+    return tensors, numbers, mean if variant.masked else None, salt
+
+
+class _Bound:
+    """The kernels of :mod:`._sign_momentum_kernels` for some work: compiled ones for what they fit, else those."""
+
+    def __init__(self, compiled: Compiled, work: Work) -> None:
+        self.compiled = compiled
+        self.work = work
+        dtype = _tensors.arithmetic_dtype(work.tensorlists[0][0].dtype)
+        given: Sequence[Any] = work.numbers(torch.device("cpu"))
+        self.numbers = Numbers._make(None if n is None else torch.as_tensor(n, dtype=dtype) for n in given)
+
+    def count_agreeing(self, piece: Piece, unit: Unit, numbers: Numbers, *, maximize: bool) -> Tensor:
+        """As :func:`._sign_momentum_kernels.count_agreeing`."""
+        tensors = _as_run(piece)
+        counted: Tensor | None = None if tensors is None else self.compiled.count(tensors, self.numbers)
+        return count_agreeing(piece, unit, numbers, maximize=maximize) if counted is None else counted
+
+    def update_piece(
+        self, piece: Piece, unit: Unit, numbers: Numbers, *, maximize: bool, mean: Tensor | None, salt: Tensor | None
+    ) -> None:
+        """As :func:`._sign_momentum_kernels.update_piece`."""
+        tensors = None if unit.sizes else _as_run(piece)
+        own_salt = None if salt is None else _rounding.salt_from(piece.offset, salt[unit.members[0]])
+        if tensors is None or not self.compiled.update(tensors, self.numbers, mean, own_salt):
+            update_piece(piece, unit, numbers, maximize=maximize, mean=mean, salt=salt)
+
+
+def _as_run(piece: Piece) -> list[Tensor] | None:
+    """The tensors of a piece whose elements follow one another in memory, one dimension, or blocks of codes as rows.
+
+    None for a piece that lies otherwise, or whose blocks are short.
+    """
+    if not all(map(Tensor.is_contiguous, piece.tensors)):
+        return None
+    tensors = [tensor.detach() for tensor in piece.tensors]  # a kernel is made for tensors that require grad, or do not
+    if not _codes.is_coded(tensors):
+        return tensors if piece.strides == (1,) else None
+    *dense, scale = tensors
+    if dense[0].shape[-1] != _codes.BLOCK:
+        return None
+    return [*(tensor.view(-1, _codes.BLOCK) for tensor in dense), scale.view(-1, 1)]
