@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -85,8 +85,8 @@ def make_adamw(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
 
 
-def make_stac(model: nn.Module, settings: Settings) -> STAC:
-    """Return STAC with the matrices inside the blocks as its trunk and all else as its cap."""
+def make_stac(model: nn.Module, settings: Settings, **arguments: Any) -> STAC:
+    """Return STAC with the matrices inside the blocks as its trunk and all else as its cap; more arguments are its."""
     return STAC(
         model,
         cap=CAP,
@@ -96,6 +96,7 @@ def make_stac(model: nn.Module, settings: Settings) -> STAC:
         trunk_cautious=settings.stac_trunk_cautious,
         trunk_weight_decay=settings.stac_trunk_weight_decay,
         cap_weight_decay=settings.weight_decay,
+        **arguments,
     )
 
 

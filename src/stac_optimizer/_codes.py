@@ -55,7 +55,7 @@ def can_be_coded(param: Tensor) -> bool:
 
 def is_coded(tensors: Sequence[Tensor]) -> bool:
     """Whether these, a weight, its gradient and its state, hold an average in codes."""
-    return len(tensors) > 2 and tensors[2].dtype == torch.int8
+    return len(tensors) > 3 and tensors[2].dtype == torch.int8
 
 
 def scales_shape(param: Tensor) -> torch.Size:

@@ -73,17 +73,17 @@ def units(tensorlists: Sequence[list[Tensor]], *, pack: bool = True, cut: bool =
         cut: whether tensors of one dense layout are cut into blocks; where not, those in codes are in larger ones.
     """
     is_whole = torch.compiler.is_compiling() or torch.is_grad_enabled()
+    is_mixed = any(len({tensor.dtype for tensor in tensors}) > 1 for tensors in tensorlists)
     packed: dict[tuple[torch.dtype, ...], list[int]] = {}
     for index, tensors in enumerate(zip(*tensorlists, strict=True)):
         first = tensors[0]
         if _codes.is_coded(tensors):
-            yield Unit(
-                _CodedPieces(tensors, None if is_whole else block_numel(first) if cut else LARGE_NUMEL), (index,)
-            )
+            numel = block_numel(first) if cut else LARGE_NUMEL
+            yield Unit(_CodedPieces(tensors, None if is_whole else numel), (index,))
         elif is_whole:
             yield Unit([_whole(tensors)], (index,))
         elif pack and first.is_cpu and first.numel() <= PACK_NUMEL and all(map(Tensor.is_contiguous, tensors)):
-            packed.setdefault(tuple([tensor.dtype for tensor in tensors]), []).append(index)
+            packed.setdefault(tuple([tensor.dtype for tensor in tensors]) if is_mixed else (), []).append(index)
         else:
             yield Unit(blocks(*tensors, numel=block_numel(first) if cut else None), (index,))
     for members in packed.values():
@@ -197,7 +197,7 @@ class _Pack:
     """The one piece of several small parameters: flat copies, written back after they were worked on."""
 
     def __init__(self, tensorlists: Sequence[list[Tensor]]) -> None:
-        self.originals = [[tensor.flatten() for tensor in tensors] for tensors in tensorlists]
+        self.originals = [[t if t.ndim == 1 else t.flatten() for t in tensors] for tensors in tensorlists]
         self.sizes = [tensor.numel() for tensor in self.originals[0]]
         self.flat = tuple(torch.cat(tensors) for tensors in self.originals)
 
@@ -205,4 +205,4 @@ class _Pack:
         yield Piece(self.flat)
         for index, (tensors, result) in enumerate(zip(self.originals, self.flat, strict=True)):
             if index != 1:  # gradients are read-only
-                _tensors.foreach_copy_(tensors, result.split(self.sizes))
+                torch.split_with_sizes_copy(result, self.sizes, out=tensors)

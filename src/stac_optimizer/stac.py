@@ -35,7 +35,7 @@ class STAC(Optimizer):
         p &\leftarrow p - \text{lr} \cdot \operatorname{sign}(m)
 
     One step moves a trunk weight by exactly lr, and a cap weight by about lr. bfloat16 and float16 trunk weights are
-    computed in float32 and rounded once.
+    computed in float32 and rounded once; the sign is that of m before it is rounded to be stored.
 
     Args:
         params: what to optimize, one of
@@ -65,17 +65,29 @@ class STAC(Optimizer):
             the gradients and one synchronization a step. Otherwise the weight becomes NaN, as AdamW's would. Under a
             GradScaler, which skips such steps itself, it has nothing to do.
         foreach: update lists of tensors at once. None: where torch would, that is on CUDA.
-        fused: give the cap torch's fused kernel. The trunk takes its best path without one. Excludes ``foreach`` and
-            ``differentiable``. With ``fused=True`` a GradScaler hands over its scale instead of unscaling
-            gradients, and the step reads from the device whether one was infinite.
+        fused: one pass over memory. The cap gets torch's fused kernel; the trunk on the CPU a kernel that torch.compile
+            makes at the first step, which takes seconds and a C++ compiler (without one a warning says that the default
+            path runs), on CUDA one Triton launch for all its tensors. Excludes ``foreach`` and ``differentiable``. A
+            GradScaler hands over its scale instead of unscaling gradients; on CUDA the kernels themselves skip a step
+            with an infinite one.
         capturable: keep step counters on the device, so that a CUDA graph can capture the step.
         differentiable: record the step for autograd.
+        trunk_state_dtype: what the trunk's averages are held in. None: the weight's dtype; ``torch.bfloat16``;
+            ``torch.int8``: codes of 8 bits, spaced by the square root, with a float32 scale for each 128 consecutive
+            weights of a row, about 1.03 bytes a weight. Complex weights keep their dtype; under int8 so do float64
+            ones, and those with rows shorter than 64 elements, such as biases and norms.
+        stochastic_rounding: round bfloat16 weights, and the cap's averages, up or down by chance so that the mean is
+            right: a step below half the spacing of values then moves the weight in expectation. All weights of the
+            group must be bfloat16. The cap is computed in float32.
+        rounding_seed: of that chance, an integer, 0 or more. The same on every rank, or replicas drift apart.
 
     =========  ==================  =======  ===========  ===========================================
     role       key                 shape    dtype        present
     =========  ==================  =======  ===========  ===========================================
     both       ``step``            ``()``   float32      always; on the CPU unless capturable, fused
-    trunk      ``exp_avg``         weight   weight       unless ``trunk_momentum`` is 0
+    trunk      ``exp_avg``         weight   see above    unless ``trunk_momentum`` is 0
+    trunk      ``exp_avg_scale``   rows x   float32      with averages, under ``torch.int8``;
+                                   blocks                no blocks where averages keep their dtype
     cap        ``exp_avg``         weight   weight       always
     cap        ``exp_avg_sq``      weight   weight       always
     cap        ``max_exp_avg_sq``  weight   weight       with ``amsgrad``
@@ -89,7 +101,7 @@ class STAC(Optimizer):
     Raises:
         TypeError: an argument of the wrong type, or parameters without names.
         ValueError: an argument out of range, nothing to train, a selector that matches nothing, a group without role or
-            with an unknown key.
+            with an unknown key, stochastic rounding of weights that are not bfloat16.
         RuntimeError: from :meth:`step`, before anything has changed: a sparse gradient, a non-finite one under
             ``error_if_nonfinite``, one that the cap's AdamW cannot apply. From :meth:`add_param_group`, always.
 
@@ -109,7 +121,8 @@ class STAC(Optimizer):
     References:
         signSGD with Majority Vote, https://arxiv.org/abs/1810.05291; Momentum Ensures Convergence of SIGNSGD under
         Weaker Assumptions (ICML 2023); Decoupled Weight Decay Regularization, https://arxiv.org/abs/1711.05101;
-        Cautious Optimizers, https://arxiv.org/abs/2411.16085.
+        Cautious Optimizers, https://arxiv.org/abs/2411.16085; 8-bit Optimizers via Block-wise Quantization,
+        https://arxiv.org/abs/2110.02861; Revisiting BFloat16 Training, https://arxiv.org/abs/2010.06192.
     """
 
     _accepts_groups = False
@@ -306,20 +319,21 @@ class STAC(Optimizer):
         *states: list[Tensor],
     ) -> None:
         """Gather what has a gradient, and create its state. torch.compile knows this name and runs it untraced."""
-        tensors = RULES[group["rule"]].state_tensors(group)
-        held = [(values, tensor.key) for values, tensor in zip(states, tensors, strict=True)]
+        tensors = {tensor.key: tensor for tensor in RULES[group["rule"]].state_tensors(group)}
+        counter = next(iter(tensors))
+        held = list(zip(tensors, states, strict=True))
         for position, param in enumerate(group["params"], start):
             grad = param.grad
             state = self.state[param]
             # Without a gradient the counter alone: strict loading of distributed checkpoints wants state of every one.
-            for tensor in tensors if grad is not None else tensors[:1]:
-                if tensor.key not in state:
-                    state[tensor.key] = tensor.create(param, group)
+            for key in tensors if grad is not None else (counter,):
+                if key not in state:
+                    state[key] = tensors[key].create(param, group)
             if grad is not None:
                 positions.append(position)
                 params.append(param)
                 grads.append(grad)
-                for values, key in held:
+                for key, values in held:
                     values.append(state[key])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -158,7 +158,7 @@ class Rule(ABC):
             return f"has a gradient of layout {grad.layout}; make it dense, for embeddings with sparse=False"
         if group["differentiable"] and param.is_leaf and param.requires_grad:
             return "is a leaf that requires grad, which a differentiable step cannot change in place; give clones"
-        return self.unfitness(param, group)
+        return self.unfitness(param, group) if group["stochastic_rounding"] else None  # a model may have been cast
 
     def skips_by_itself(self, group: Group) -> bool:
         """Whether :meth:`update` itself reads ``found_inf`` on the device, so that the host need not wait for it."""
