@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stac_optimizer.rules import _device_tables
-from stac_optimizer.rules._device_tables import integers, numbers, owners
+from stac_optimizer import _device_tables
+from stac_optimizer._device_tables import integers, numbers, owners
 
 CPU = torch.device("cpu")
 

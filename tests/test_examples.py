@@ -9,6 +9,7 @@ import torch
 
 import benchmark_step
 import digits
+import low_precision
 import toy_benchmark
 import train_char_lm
 from tests.support import assert_same_bits
@@ -54,6 +55,15 @@ def test_char_lm_refuses_to_resume_under_other_settings(tmp_path: Path, capsys: 
     with pytest.raises(SystemExit):
         train_char_lm.main(["--steps", "3", "--resume", str(saved)])
     assert "steps = 3, but the checkpoint was made with steps = 2" in capsys.readouterr().err
+
+
+def test_low_precision_compares_regimes(monkeypatch: pytest.MonkeyPatch) -> None:
+    regimes = (low_precision.REGIMES[0], low_precision.REGIMES[-1])
+    monkeypatch.setattr(low_precision, "REGIMES", regimes)
+    full, small = (low_precision.main(["--steps", "3"])[regime.name][0] for regime in regimes)
+    assert small.weight_bytes == full.weight_bytes / 2
+    assert small.state_bytes < full.state_bytes / 2
+    assert small.loss == pytest.approx(full.loss, rel=0.02)
 
 
 def test_benchmark_measures_every_contestant_beside_adamw(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stac_optimizer import _device_tables
 from stac_optimizer._units import Piece, Unit
 
 __all__ = ["noise_of", "noise_of_run", "round_into", "salt_from", "salts"]
@@ -49,8 +50,12 @@ def salts(seed: int, positions: Sequence[int], steps: Sequence[Tensor], *, kind:
         kind: tells the tensors of one parameter apart, up to 3.
     """
     counts = torch.stack([*steps]).to(torch.int32)
-    places = torch.tensor([4 * position + kind for position in positions], dtype=torch.int32, device=counts.device)
-    salt = _mixed(places.mul_(SPREAD).add_(_wrapped(seed)))
+    places = [4 * position + kind for position in positions]
+    if torch.compiler.is_compiling():
+        table = torch.tensor(places, device=counts.device)
+    else:
+        table = _device_tables.integers(places, counts.device)
+    salt = _mixed((table.to(torch.int32) * SPREAD).add_(_wrapped(seed)))
     return _mixed(salt.add_(counts.mul_(SPREAD)))
 
 
@@ -69,7 +74,7 @@ def noise_of(piece: Piece, unit: Unit, salt: Tensor) -> Tensor:
         index = along.view(-1, *[1] * (like.ndim - dim - 1)) + index
     chosen = salt[list(unit.members)].to(like.device)
     if unit.sizes:
-        sizes = torch.tensor(unit.sizes)
+        sizes = torch.tensor(unit.sizes, device="cpu")
         starts = (sizes.cumsum(0) - sizes).to(torch.int32)
         index = index - starts.repeat_interleave(sizes, output_size=like.numel())
         chosen = chosen.repeat_interleave(sizes, output_size=like.numel())

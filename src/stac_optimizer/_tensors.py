@@ -87,7 +87,7 @@ def indices_by_device_and_dtype(tensorlists: Sequence[Sequence[Tensor]]) -> list
 def count_step_(steps: list[Tensor]) -> None:
     """Add one to each counter. On the CPU a tensor addend is four times faster: a scalar is wrapped anew for each."""
     if steps[0].is_cpu and not torch.compiler.is_compiling():
-        torch._foreach_add_(steps, torch.ones((), dtype=torch.float32), alpha=1)
+        torch._foreach_add_(steps, torch.ones((), dtype=torch.float32, device="cpu"), alpha=1)
     else:
         torch._foreach_add_(steps, 1)
 

@@ -34,6 +34,7 @@ __all__ = ["compiled"]
 
 # Enough for inductor to see that threads pay.
 PROBE_NUMEL = 128 * 1024
+CPU = torch.device("cpu")
 
 
 class Variant(NamedTuple):
@@ -150,14 +151,14 @@ def _blocks(tensors: Sequence[Tensor], variant: Variant) -> Sequence[Tensor]:
 def _probe(variant: Variant) -> tuple[list[Tensor], Numbers, Tensor | None, Tensor | None]:
     """Arguments for a first call, which compiles and touches nothing of the user's."""
     shape = (PROBE_NUMEL // _codes.BLOCK, _codes.BLOCK) if variant.is_coded else (PROBE_NUMEL,)
-    tensors = [torch.zeros(shape, dtype=each) for each in variant.dtypes]
+    tensors = [torch.zeros(shape, dtype=each, device=CPU) for each in variant.dtypes]
     if variant.is_coded:
-        tensors[-1] = torch.zeros(shape[0], 1)
+        tensors[-1] = torch.zeros((shape[0], 1), dtype=torch.float32, device=CPU)
     dtype = _tensors.arithmetic_dtype(variant.dtypes[0])
     # Each number a tensor of its own: the kernel would be made for those that are one.
-    lr, decay_factor, change_factor, scale, mean = (torch.ones((), dtype=dtype) for _ in range(5))
+    lr, decay_factor, change_factor, scale, mean = (torch.ones((), dtype=dtype, device=CPU) for _ in range(5))
     numbers = Numbers(lr, decay_factor if variant.decays else None, change_factor, scale if variant.is_scaled else None)
-    salt = torch.zeros((), dtype=torch.int32) if variant.rounds else None
+    salt = torch.zeros((), dtype=torch.int32, device=CPU) if variant.rounds else None
     return tensors, numbers, mean if variant.masked else None, salt
 
 
@@ -168,8 +169,8 @@ class _Bound:
         self.compiled = compiled
         self.work = work
         dtype = _tensors.arithmetic_dtype(work.tensorlists[0][0].dtype)
-        given: Sequence[Any] = work.numbers(torch.device("cpu"))
-        self.numbers = Numbers._make(None if n is None else torch.as_tensor(n, dtype=dtype) for n in given)
+        given: Sequence[Any] = work.numbers(CPU)
+        self.numbers = Numbers._make(None if n is None else torch.as_tensor(n, dtype=dtype, device=CPU) for n in given)
 
     def count_agreeing(self, piece: Piece, unit: Unit, numbers: Numbers, *, maximize: bool) -> Tensor:
         """As :func:`._sign_momentum_kernels.count_agreeing`."""

@@ -206,7 +206,7 @@ def _mean_of_unit(work: Work, unit: Unit, numbers: Numbers, kernels: Kernels) ->
             next_mask(grad, exp_avg, numbers, maximize=maximize)
             for _, grad, *exp_avg in (piece.tensors for piece in unit.pieces)
         ]
-        sizes = torch.tensor(unit.sizes)
+        sizes = torch.tensor(unit.sizes, device="cpu")
         agreeing = torch.stack([part.count_nonzero() for part in mask.split(list(unit.sizes))])
         means = (agreeing.to(dtype) / sizes).clamp_(min=LEAST_AGREEMENT)
         return means.repeat_interleave(sizes, output_size=sum(unit.sizes))

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stac_optimizer import _tensors
-from stac_optimizer.rules._device_tables import integers, numbers, owners
+from stac_optimizer._device_tables import integers, numbers, owners
 from stac_optimizer.rules._sign_momentum_triton_kernels import CHUNK, OPTIONS, count_kernel, update_kernel
 
 __all__ = ["fused_sign_momentum"]
