@@ -1,8 +1,9 @@
 """What a smaller state, and smaller weights, cost in quality: one language model, the same batches, several regimes.
 
 The character model of ``train_char_lm.py`` under STAC: its trunk's averages in float32, bfloat16 or 8-bit codes, its
-weights in float32 or in bfloat16, these rounded to nearest or stochastically. Every seed gives other first weights and
-other batches. Run from the repository root:
+weights in float32 or in bfloat16, these rounded to nearest or stochastically. bfloat16 weights and their gradients are
+converted on their way through the model, which computes in float32: many CPUs have no bfloat16 arithmetic. Every seed
+gives other first weights and other batches. Run from the repository root:
 
     python examples/low_precision.py --seeds 0 1 2
 """
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from char_lm import Corpus, load_corpus, sample_batch, validation_loss
@@ -63,13 +66,14 @@ def train(regime: Regime, settings: Settings, corpus: Corpus) -> Outcome:
     for _ in tqdm(range(settings.steps), desc=regime.name, leave=False, disable=None):
         inputs, targets = sample_batch(corpus.train, settings.batch_size, settings.context, generator)
         optimizer.zero_grad()
-        model.loss(inputs, targets).backward()
+        weights = {name: parameter.float() for name, parameter in model.named_parameters()}
+        logits = functional_call(model, weights, (inputs,))
+        cross_entropy(logits.flatten(0, -2), targets.flatten()).backward()
         optimizer.step()
         schedule.step()
-    # The loss of the weights that were reached, computed in float32 whatever they were trained in.
     loss = validation_loss(model.float(), corpus.validation, settings.context, torch.device("cpu"))
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    return Outcome(loss, weights * regime.dtype.itemsize, optimizer.state_bytes())
+    size = sum(parameter.numel() for parameter in model.parameters())
+    return Outcome(loss, size * regime.dtype.itemsize, optimizer.state_bytes())
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, list[Outcome]]:
