@@ -69,7 +69,7 @@ def noise_of(piece: Piece, unit: Unit, salt: Tensor) -> Tensor:
         index = along.view(-1, *[1] * (like.ndim - dim - 1)) + index
     chosen = salt[list(unit.members)].to(like.device)
     if unit.sizes:
-        sizes = torch.tensor(unit.sizes)
+        sizes = torch.tensor(unit.sizes, device=like.device)
         starts = (sizes.cumsum(0) - sizes).to(torch.int32)
         index = index - starts.repeat_interleave(sizes, output_size=like.numel())
         chosen = chosen.repeat_interleave(sizes, output_size=like.numel())
@@ -96,5 +96,5 @@ def _noise(index: Tensor, salt: Tensor) -> Tensor:
 def round_into(weight: Tensor, param: Tensor, noise: Tensor) -> None:
     """Round float32 values into a bfloat16 tensor: up or down, by chance, right in the mean."""
     bits = (weight.view(torch.int32) + noise).bitwise_and_(~0xFFFF)
-    # The noise carries some NaN over into numbers; 0 * weight brings them back.
-    param.copy_(bits.view(torch.float32).add_(weight, alpha=0))
+    # The noise carries some NaN over into numbers; 0 * weight brings them back. Infinity, whose bits stay, is kept out.
+    param.copy_(bits.view(torch.float32).add_(weight.clamp(-1, 1), alpha=0))

@@ -86,7 +86,7 @@ def indices_by_device_and_dtype(tensorlists: Sequence[Sequence[Tensor]]) -> list
 def count_step_(steps: list[Tensor]) -> None:
     """Add one to each counter. On the CPU a tensor addend is four times faster: a scalar is wrapped anew for each."""
     if steps[0].is_cpu and not torch.compiler.is_compiling():
-        torch._foreach_add_(steps, torch.ones((), dtype=torch.float32), alpha=1)
+        torch._foreach_add_(steps, torch.ones((), dtype=torch.float32, device="cpu"), alpha=1)
     else:
         torch._foreach_add_(steps, 1)
 
@@ -195,7 +195,8 @@ def zeros_by_row(param: Tensor, rows: int, columns: int) -> Tensor:
     if not is_sharded(param):
         return torch.zeros((rows, columns), dtype=torch.float32, device=param.device)
     sharded: Any = param
-    local = torch.zeros((sharded.to_local().shape[0], columns), dtype=torch.float32, device=param.device)
+    local_rows = sharded.to_local().shape[:1].numel()  # 1 for a scalar
+    local = torch.zeros((local_rows, columns), dtype=torch.float32, device=param.device)
     shape = torch.Size((rows, columns))
     zeros: Tensor = type(sharded.data).from_local(
         local, sharded.device_mesh, sharded.placements, run_check=False, shape=shape, stride=(columns, 1)

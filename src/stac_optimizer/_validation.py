@@ -14,12 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 __all__ = [
     "Checker",
     "boolean",
     "count",
+    "dtype_name",
     "learning_rate",
     "mapping",
     "non_negative",
@@ -103,6 +105,11 @@ def one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
     if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in allowed):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     return value
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What a checkpoint calls a dtype, for a full state dict of torch.distributed must hold plain Python values."""
+    return str(dtype).removeprefix("torch.")
 
 
 def mapping(name: str, value: Any) -> Mapping[Any, Any]:

@@ -13,7 +13,7 @@ from stac_optimizer import checkpoint
 from stac_optimizer._gradients import check_finite, check_gradients, only_make_state
 from stac_optimizer._groups import build_groups, check_fitness, checked, named_parameters, partition_of
 from stac_optimizer._release import GradientRelease
-from stac_optimizer._validation import mapping, warn
+from stac_optimizer._validation import dtype_name, mapping, warn
 from stac_optimizer.partition import STACPartition
 from stac_optimizer.rules import RULES, Group, StepInputs, hyperparameters
 from stac_optimizer.selectors import Selector
@@ -317,6 +317,13 @@ class STAC(Optimizer):
                 grads.append(grad)
                 for values, key in held:
                     values.append(state[key])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what torch's optimizers do, dtypes among the hyper-parameters by their names."""
+        packed = super().state_dict()
+        for group in packed["param_groups"]:
+            group.update({key: dtype_name(value) for key, value in group.items() if isinstance(value, torch.dtype)})
+        return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned, or a checkpoint of stac-optimizer 0.1.2.

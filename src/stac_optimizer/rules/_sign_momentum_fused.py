@@ -118,9 +118,9 @@ def _compiled(variant: Variant) -> Compiled | None:
         update(tensors, numbers, maximize=variant.maximize, mean=mean, noise=noise)
         return True
 
-    compiled = Compiled(_compile(count), _compile(step))
     tensors, numbers, mean, salt = _probe(variant)
     try:
+        compiled = Compiled(_compile(count), _compile(step))
         has_run = compiled.update(tensors, numbers, mean, salt)
         if variant.masked:
             compiled.count(tensors, numbers)
@@ -155,14 +155,14 @@ def _blocks(tensors: Sequence[Tensor], variant: Variant) -> Sequence[Tensor]:
 def _probe(variant: Variant) -> tuple[list[Tensor], Numbers, Tensor | None, Tensor | None]:
     """Arguments for a first call, which compiles and touches nothing of the user's."""
     shape = (PROBE_NUMEL // _codes.BLOCK, _codes.BLOCK) if variant.is_coded else (PROBE_NUMEL,)
-    tensors = [torch.zeros(shape, dtype=each) for each in variant.dtypes]
+    tensors = [torch.zeros(shape, dtype=each, device="cpu") for each in variant.dtypes]
     if variant.is_coded:
-        tensors[-1] = torch.zeros(shape[0], 1)
+        tensors[-1] = torch.zeros(shape[0], 1, device="cpu")
     dtype = _tensors.arithmetic_dtype(variant.dtypes[0])
     # Each number a tensor of its own: the kernel would be made for those that are one.
-    lr, decay_factor, change_factor, scale, mean = (torch.ones((), dtype=dtype) for _ in range(5))
+    lr, decay_factor, change_factor, scale, mean = (torch.ones((), dtype=dtype, device="cpu") for _ in range(5))
     numbers = Numbers(lr, decay_factor if variant.decays else None, change_factor, scale if variant.is_scaled else None)
-    salt = torch.zeros((), dtype=torch.int32) if variant.rounds else None
+    salt = torch.zeros((), dtype=torch.int32, device="cpu") if variant.rounds else None
     return tensors, numbers, mean if variant.masked else None, salt
 
 
@@ -174,7 +174,7 @@ class _Bound:
         self.work = work
         dtype = _tensors.arithmetic_dtype(work.tensorlists[0][0].dtype)
         given: Sequence[Any] = work.numbers(torch.device("cpu"))
-        self.numbers = Numbers._make(None if n is None else torch.as_tensor(n, dtype=dtype) for n in given)
+        self.numbers = Numbers._make(None if n is None else torch.as_tensor(n, dtype=dtype, device="cpu") for n in given)
 
     def count_agreeing(self, piece: Piece, unit: Unit, numbers: Numbers, *, maximize: bool) -> Tensor:
         """As :func:`._sign_momentum_kernels.count_agreeing`."""
@@ -195,9 +195,10 @@ class _Bound:
 def _as_run(piece: Piece) -> list[Tensor] | None:
     """The tensors of a piece whose elements follow one another in memory, one dimension, or blocks of codes as rows.
 
-    None for a piece that lies otherwise, or whose blocks are short.
+    None for a piece that lies otherwise, or whose blocks are short, or that holds less than two elements or blocks: for
+    sizes of 0 and 1 dynamo compiles anew.
     """
-    if not all(map(Tensor.is_contiguous, piece.tensors)):
+    if not all(map(Tensor.is_contiguous, piece.tensors)) or piece.tensors[-1].numel() < 2:
         return None
     tensors = [tensor.detach() for tensor in piece.tensors]  # a kernel is made for tensors that require grad, or do not
     if not _codes.is_coded(tensors):

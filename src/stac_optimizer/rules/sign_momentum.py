@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stac_optimizer import _codes, _rounding, _tensors
-from stac_optimizer._validation import boolean, one_of, unit_fraction
+from stac_optimizer._validation import boolean, dtype_name, one_of, unit_fraction
 from stac_optimizer.rules._rule import Group, Hyperparameter, Rule, StateTensor, StepInputs
 from stac_optimizer.rules._sign_momentum_fused import fused
 from stac_optimizer.rules._sign_momentum_kernels import Work, multi_tensor, single_tensor
@@ -24,10 +24,14 @@ from stac_optimizer.rules._sign_momentum_kernels import Work, multi_tensor, sing
 __all__ = ["SignMomentum"]
 
 
+STATE_DTYPES = (torch.bfloat16, torch.int8)
+
+
 def _state_dtype(name: str, value: Any) -> torch.dtype | None:
+    value = {dtype_name(dtype): dtype for dtype in STATE_DTYPES}.get(value, value) if isinstance(value, str) else value
     if value is not None and not isinstance(value, torch.dtype):
         raise TypeError(f"{name} must be None or a torch.dtype, got {value!r} of type {type(value).__name__}")
-    chosen: torch.dtype | None = one_of(name, value, (None, torch.bfloat16, torch.int8))
+    chosen: torch.dtype | None = one_of(name, value, (None, *STATE_DTYPES))
     return chosen
 
 
