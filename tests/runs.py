@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from stac_optimizer import STAC
-from tests.support import assert_same_bits, seeded_loss, small_model, snapshot, take_steps
+from tests.support import assert_same_bits, seeded_loss, small_model, snapshot, take_steps, through_file
 
 Build = Callable[[nn.Module], STAC]
 Make = Callable[[int, torch.dtype], nn.Sequential]
@@ -58,6 +58,14 @@ def train(run: Run, seeds: Iterable[int], loss: Callable[[nn.Module, int], Tenso
         optimizer.zero_grad()
         loss(model, seed).backward()
         optimizer.step()
+
+
+def through_file_into(target: Run, held: Run) -> Run:
+    """The target, once it has loaded weights and optimizer of a run through a file."""
+    weights, saved = through_file((held[0].state_dict(), held[1].state_dict()))
+    target[0].load_state_dict(weights)
+    target[1].load_state_dict(saved)
+    return target
 
 
 def assert_equal_runs(one: Run, other: Run) -> None:

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from stac_optimizer import STAC
 from tests import reference
 from tests.rule_cases import DTYPES, RULE_CASES, RuleCase, random_gradients, step_with, zoo
-from tests.runs import Run, assert_equal_runs, process_group, stepped
-from tests.support import assert_same_bits, parameter_state, set_units, take_steps, through_file, wide_model
+from tests.support import take_steps
 from tests.test_codes import NEAR_TIE
-from tests.test_rules import STEPS, as_array, run
+from tests.test_rules import STEPS, Held, as_array, assert_equal_under_units, assert_traced_equals_eager
 
 KINDS = [torch.bfloat16, torch.int8]
 TRUNK_CASES = [
@@ -155,160 +148,26 @@ UNITS = [{}, {"block": 256}, {"block": 50}, {"block": 1000, "pack": 100}]
 def test_units_paths_and_layouts_agree_by_bits(
     kind: torch.dtype, case: RuleCase, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = wide_zoo(dtype)
-    optimizer = case.optimizer(whole, "single", trunk_state_dtype=kind)
-    expected = run(optimizer, whole)
-    others = []
-    for units in UNITS:
-        for path, contiguous in (("single", False), ("foreach", False), ("single", True)):
-            params = wide_zoo(dtype, contiguous=contiguous)
-            other = case.optimizer(params, path, trunk_state_dtype=kind)
-            others.append(((units, path, contiguous), units, params, other, run(other, params)))
-    for _ in range(STEPS):
-        set_units(monkeypatch)
-        next(expected)
-        for what, units, params, other, steps in others:
-            set_units(monkeypatch, **units)
-            next(steps)
-            for name, param in whole.items():
-                assert_same_bits(params[name], param, f"{what} {name}")
-                assert_same_bits(other.state[params[name]], optimizer.state[param], f"{what} {name}")
+    def held(path: str, *, contiguous: bool = False) -> Held:
+        params = wide_zoo(dtype, contiguous=contiguous)
+        return params, case.optimizer(params, path, trunk_state_dtype=kind)
+
+    others = [
+        (f"{units} {path} {contiguous}", units, held(path, contiguous=contiguous))
+        for units in UNITS
+        for path, contiguous in (("single", False), ("foreach", False), ("single", True))
+    ]
+    assert_equal_under_units(held("single"), others, monkeypatch)
 
 
 @pytest.mark.parametrize("case", [PLAIN, CAUTIOUS], ids=lambda case: case.name)
 @each_kind
 def test_compiled_step_agrees_by_bits(kind: torch.dtype, case: RuleCase) -> None:
-    torch._dynamo.reset()
-    eager, compiled = wide_zoo(torch.float32), wide_zoo(torch.float32)
-    optimizers = [case.optimizer(params, "single", trunk_state_dtype=kind) for params in (eager, compiled)]
-    step = torch.compile(optimizers[1].step, fullgraph=True, backend="aot_eager")
-    for seed in range(2):
-        gradients = random_gradients(eager, seed)
-        step_with(optimizers[0], eager, gradients)
-        for name, param in compiled.items():
-            param.grad = gradients[name]
-        step()
-    for name, param in eager.items():
-        assert_same_bits(param, compiled[name], name)
-        assert_same_bits(optimizers[0].state[param], optimizers[1].state[compiled[name]], name)
-
-
-def _wide(steps: int, kind: torch.dtype | None, **arguments: Any) -> Run:
-    return stepped(steps, make=wide_model, trunk_state_dtype=kind, **arguments)
-
-
-def _through_a_file(held: Run) -> Run:
-    model, optimizer = _wide(2, None, seed=1)
-    weights, saved = through_file((held[0].state_dict(), held[1].state_dict()))
-    model.load_state_dict(weights)
-    optimizer.load_state_dict(saved)
-    return model, optimizer
-
-
-DUPLICATES: dict[str, Callable[[Run], Run]] = {
-    "file": _through_a_file,
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda held: pickle.loads(pickle.dumps(held)),
-}
-
-
-@pytest.mark.parametrize("duplicate", DUPLICATES.values(), ids=list(DUPLICATES))
-@pytest.mark.parametrize("arguments", [{}, {"trunk_cautious": True, "weight_decay": 0.1}], ids=["plain", "cautious"])
-@each_kind
-def test_copied_and_resumed_runs_continue_bit_identically(
-    kind: torch.dtype, arguments: dict[str, Any], duplicate: Callable[[Run], Run]
-) -> None:
-    held = _wide(3, kind, **arguments)
-    twin = duplicate(held)
-    assert parameter_state(twin[1], twin[0], "1.weight")["exp_avg"].dtype is kind
-    assert_equal_runs(held, twin)
-
-
-def test_checkpoint_of_another_kind_brings_its_own() -> None:
-    source = _wide(3, None)
-    model, target = _wide(2, torch.int8, seed=1)
-    model.load_state_dict(source[0].state_dict())
-    target.load_state_dict(through_file(source[1].state_dict()))
-    assert target.param_groups[0]["trunk_state_dtype"] is None
-    assert_equal_runs(source, (model, target))
-
-
-def test_float_averages_stay_such_where_new_ones_would_be_codes() -> None:
-    """As a checkpoint from before there were codes brings them: it steps on, and again from a checkpoint of its own."""
-    source = _wide(3, None)
-    saved = through_file(source[1].state_dict())
-    for group in saved["param_groups"]:
-        del group["trunk_state_dtype"]
-    for absent in ("0.weight", "1.weight"):
-        model, target = _wide(2, torch.int8, seed=1)
-        model.load_state_dict(source[0].state_dict())
-        target.load_state_dict(saved)
-        assert target.param_groups[0]["trunk_state_dtype"] is torch.int8
-        take_steps(model, target, [3, 4])
-        target.load_state_dict(through_file(target.state_dict()))
-        take_steps(model, target, [5])
-        state = parameter_state(target, model, absent)
-        assert state["exp_avg"].dtype is torch.float32
-        assert not state["exp_avg_scale"].any()
-    take_steps(*source, [3, 4, 5])
-    assert_same_bits(model.state_dict(), source[0].state_dict())
-
-
-def _state(**values: Any) -> Callable[[dict[str, Any]], Any]:
-    return lambda saved: saved["state"][2].update(values)
-
-
-REFUSALS = [
-    pytest.param(
-        lambda saved: saved["state"][2].pop("exp_avg_scale"),
-        "state of '1.weight' lacks 'exp_avg_scale'",
-        id="codes-without-scales",
-    ),
-    pytest.param(
-        _state(exp_avg=torch.zeros(300, 4, dtype=torch.int8)),
-        r"'exp_avg' of '1.weight' has shape \(300, 4\), that of the parameter \(4, 300\)",
-        id="codes-of-another-shape",
-    ),
-    pytest.param(
-        _state(exp_avg_scale=torch.zeros(4, 2)),
-        r"'exp_avg_scale' of '1.weight' has shape \(4, 2\), that of the parameter \(4, 3\)",
-        id="scales-of-another-shape",
-    ),
-    pytest.param(
-        lambda saved: saved["param_groups"][0].update(trunk_state_dtype=None),
-        "'exp_avg' of '0.weight' is torch.int8, that of the parameter torch.float32",
-        id="codes-for-a-group-without",
-    ),
-    pytest.param(
-        lambda saved: saved["state"][3].update(exp_avg=torch.zeros(4, dtype=torch.int8)),
-        "'exp_avg' of '1.bias' is torch.int8, that of the parameter torch.float32",
-        id="codes-for-short-rows",
-    ),
-    pytest.param(
-        lambda saved: saved["param_groups"][0].update(trunk_state_dtype="float16"),
-        "group 0: trunk_state_dtype must be",
-        id="unknown-dtype",
-    ),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), REFUSALS)
-def test_checkpoint_that_does_not_fit_is_refused(change: Callable[[dict[str, Any]], Any], message: str) -> None:
-    saved = copy.deepcopy(_wide(3, torch.int8)[1].state_dict())
-    change(saved)
-    model, optimizer = _wide(2, torch.int8, seed=1)
-    with pytest.raises((ValueError, TypeError), match=message):
-        optimizer.load_state_dict(saved)
-    assert_equal_runs((model, optimizer), _wide(2, torch.int8, seed=1))
-
-
-@pytest.mark.parametrize("kind", [None, *KINDS], ids=str)
-def test_checkpoint_holds_plain_values(kind: torch.dtype | None) -> None:
-    """A full state dict of torch.distributed, and a file in JSON, take a name and no dtype."""
-    model, optimizer = _wide(0, kind)
-    names = {group["trunk_state_dtype"] for group in optimizer.state_dict()["param_groups"]}
-    assert names == {None if kind is None else str(kind).removeprefix("torch.")}
-    assert {group["trunk_state_dtype"] for group in optimizer.param_groups} == {kind}
+    eager, traced = (
+        (params, case.optimizer(params, "single", trunk_state_dtype=kind))
+        for params in (wide_zoo(torch.float32), wide_zoo(torch.float32))
+    )
+    assert_traced_equals_eager(eager, traced)
 
 
 BYTES = [
@@ -357,10 +216,10 @@ WRONG: list[tuple[Any, type[Exception]]] = [
 @pytest.mark.parametrize(("value", "error"), WRONG, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_wrong_dtype_is_refused(value: Any, error: type[Exception]) -> None:
     model = nn.Linear(2, 2)
-    with pytest.raises(error, match="^trunk_state_dtype must be"):
+    with pytest.raises(error, match=r"^trunk_state_dtype must be"):
         STAC(model, trunk_state_dtype=value)
     group = {"params": list(model.named_parameters()), "stac_role": "trunk", "trunk_state_dtype": value}
-    with pytest.raises(error, match="^group 0: trunk_state_dtype must be"):
+    with pytest.raises(error, match=r"^group 0: trunk_state_dtype must be"):
         STAC([group])
 
 
@@ -398,28 +257,3 @@ def test_a_gradient_that_is_not_finite_shows_in_the_weight(kind: torch.dtype) ->
     assert lost[0, 3]
     assert lost.sum() == (128 if kind is torch.int8 else 1)
     assert torch.equal(weight[~lost], torch.full_like(weight[~lost], -0.25))
-
-
-def test_codes_want_whole_rows_of_a_sharded_weight(tmp_path: Path) -> None:
-    with process_group(tmp_path):
-        mesh = init_device_mesh("cpu", (1,))
-
-        def optimizer_of(placement: Shard | Replicate, shape: tuple[int, ...]) -> tuple[nn.Parameter, STAC]:
-            weight = nn.Parameter(DTensor.from_local(torch.ones(shape), mesh, [placement]))
-            groups = [{"params": [("a.w", weight)], "stac_role": "trunk"}]
-            return weight, STAC(groups, lr=0.125, trunk_state_dtype=torch.int8)
-
-        with pytest.raises(
-            ValueError, match=r"'a.w' \(trunk\) is sharded within rows, and 8-bit state needs whole ones"
-        ):
-            optimizer_of(Shard(1), (2, 200))
-        for placement, shape in ((Shard(0), (2, 200)), (Replicate(), (2, 200)), (Replicate(), ()), (Shard(0), (5,))):
-            weight, optimizer = optimizer_of(placement, shape)
-            promised = optimizer.state_bytes()
-            weight.grad = DTensor.from_local(torch.ones(shape), mesh, [placement])
-            optimizer.step()
-            state = optimizer.state[weight]
-            assert isinstance(state["exp_avg_scale"], DTensor)
-            assert state["exp_avg_scale"].placements == (placement,)
-            assert promised == optimizer.state_bytes() == sum(value.nbytes for value in state.values())
-            assert torch.equal(weight.full_tensor(), torch.full(shape, 0.875))

@@ -174,7 +174,9 @@ class _Bound:
         self.work = work
         dtype = _tensors.arithmetic_dtype(work.tensorlists[0][0].dtype)
         given: Sequence[Any] = work.numbers(torch.device("cpu"))
-        self.numbers = Numbers._make(None if n is None else torch.as_tensor(n, dtype=dtype, device="cpu") for n in given)
+        self.numbers = Numbers._make(
+            None if n is None else torch.as_tensor(n, dtype=dtype, device="cpu") for n in given
+        )
 
     def count_agreeing(self, piece: Piece, unit: Unit, numbers: Numbers, *, maximize: bool) -> Tensor:
         """As :func:`._sign_momentum_kernels.count_agreeing`."""
