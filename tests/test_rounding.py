@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -86,8 +86,8 @@ def lagging(lag: int) -> Pair:
     return lambda numel: (noise(numel + lag)[lag:], noise(numel + lag)[:numel])
 
 
-def beside(**other: int) -> Pair:
-    return lambda numel: (noise(numel), noise(numel, **other))
+def beside(one: Mapping[str, int] | None = None, **other: int) -> Pair:
+    return lambda numel: (noise(numel, **(one or {})), noise(numel, **other))
 
 
 PAIRS: dict[str, Pair] = {
@@ -97,7 +97,7 @@ PAIRS: dict[str, Pair] = {
     **{f"seeds-{lag}": beside(seed=lag) for lag in (1, 2, 2**31)},
     **{f"kinds-{lag}": beside(kind=lag) for lag in (1, 2, 3)},
     "steps-and-elements": lambda numel: (noise(numel + 1)[1:], noise(numel, step=2)),
-    "positions-and-kinds": lambda numel: (noise(numel, position=1), noise(numel, kind=3)),
+    **{f"positions-and-kinds-{kind}": beside({"position": 1}, kind=kind) for kind in (1, 2, 3)},
 }
 
 
@@ -264,16 +264,19 @@ def test_cap_rounds_what_torch_computes_in_float32(kind: str, block: int, monkey
             assert gradient is not None
             param.grad = gradient.float()
         adamw.step()
-        for name, param in params.items():
+        for position, (name, param) in enumerate(params.items()):
             assert optimizer.state[param]["step"] == seed + 1
             pairs = {"weight": (param.detach(), wide[name].detach())} | {
                 key: (value, adamw.state[wide[name]][key])
                 for key, value in optimizer.state[param].items()
                 if key != "step"
             }
-            for key, (actual, exact) in pairs.items():
+            for number, (key, (actual, exact)) in enumerate(pairs.items()):
                 assert actual.dtype is torch.bfloat16
                 assert_neighbours(actual.contiguous(), exact.contiguous(), f"{name} {key}")
+                if param.is_contiguous():
+                    chance = noise(param.numel(), position=position, step=seed + 1, kind=number)
+                    assert_same_bits(actual, rounded(exact, chance.view(param.shape)), f"{name} {key}")
                 rounded_at_all += (exact != exact.bfloat16()).sum().item()
                 rounded_up += (actual != exact.bfloat16()).sum().item()
     assert 0.2 * rounded_at_all < rounded_up < 0.3 * rounded_at_all  # the farther neighbour: a quarter in the mean
