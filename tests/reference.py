@@ -41,3 +41,25 @@ def adamw(p: Array, g: Array, state: State, h: Mapping[str, Any]) -> tuple[Array
     m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
     p = p * (1 - h["lr"] * h["weight_decay"])
     return p - h["lr"] * m_hat / (np.sqrt(v_hat) + h["eps"]), new_state
+
+
+def block_scales(m: Array, block: int = 128) -> Array:
+    """For each row the largest magnitudes of its blocks, the last one maybe shorter."""
+    scales: Array = np.maximum.reduceat(np.abs(m), np.arange(0, m.shape[1], block), axis=1)
+    return scales
+
+
+def over_columns(scales: Array, columns: int, block: int = 128) -> Array:
+    """The scale of each element."""
+    return np.repeat(scales, block, axis=1)[:, :columns]
+
+
+def exact_levels(m: Array, scales: Array) -> Array:
+    """127 sqrt(|m| / s), which codes round; 0 where all of a block is."""
+    s = over_columns(scales, m.shape[1])
+    return 127 * np.sqrt(np.divide(np.abs(m), s, out=np.zeros_like(m), where=s > 0))
+
+
+def decoded(codes: Array, scales: Array) -> Array:
+    """Averages of the codes of a matrix: s c |c| / 127^2."""
+    return over_columns(scales, codes.shape[1]) * codes * np.abs(codes) / 127**2

@@ -13,23 +13,31 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from stac_optimizer import STAC
-from tests.support import assert_same_bits, seeded_loss, small_model, snapshot, take_steps
+from tests.support import assert_same_bits, seeded_loss, small_model, snapshot, take_steps, through_file
 
 Build = Callable[[nn.Module], STAC]
+Make = Callable[[int, torch.dtype], nn.Sequential]
 Run = tuple[nn.Module, STAC]
 
 
-def built(build: Build, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> tuple[nn.Sequential, STAC]:
-    """A small model and the optimizer that ``build`` makes of it."""
-    model = small_model(seed, dtype)
+def built(
+    build: Build, dtype: torch.dtype = torch.float32, *, seed: int = 0, make: Make = small_model
+) -> tuple[nn.Sequential, STAC]:
+    """A model, by default a small one, and the optimizer that ``build`` makes of it."""
+    model = make(seed, dtype)
     return model, build(model)
 
 
 def stepped(
-    steps: int = 3, *, seed: int = 0, dtype: torch.dtype = torch.float32, **arguments: Any
+    steps: int = 3,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    make: Make = small_model,
+    **arguments: Any,
 ) -> tuple[nn.Sequential, STAC]:
-    """A small model and its optimizer after these many steps."""
-    model, optimizer = built(lambda model: STAC(model, **{"lr": 1e-2, **arguments}), dtype, seed=seed)
+    """A model, by default a small one, and its optimizer after these many steps."""
+    model, optimizer = built(lambda model: STAC(model, **{"lr": 1e-2, **arguments}), dtype, seed=seed, make=make)
     take_steps(model, optimizer, range(steps))
     return model, optimizer
 
@@ -50,6 +58,14 @@ def train(run: Run, seeds: Iterable[int], loss: Callable[[nn.Module, int], Tenso
         optimizer.zero_grad()
         loss(model, seed).backward()
         optimizer.step()
+
+
+def through_file_into(target: Run, held: Run) -> Run:
+    """The target, once it has loaded weights and optimizer of a run through a file."""
+    weights, saved = through_file((held[0].state_dict(), held[1].state_dict()))
+    target[0].load_state_dict(weights)
+    target[1].load_state_dict(saved)
+    return target
 
 
 def assert_equal_runs(one: Run, other: Run) -> None:

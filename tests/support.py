@@ -20,6 +20,12 @@ def small_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequent
     return nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
 
 
+def wide_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    """As :func:`small_model`, with trunk weights whose averages 8-bit codes can hold: one block a row, and three."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(8, 5, 3), nn.Linear(300, 4), nn.LayerNorm(5), nn.Linear(5, 3)).to(dtype)
+
+
 def set_gradients(model: nn.Module, seed: int, *, skip: Iterable[str] = ()) -> None:
     """Give every trainable parameter a random gradient, the same for the same seed; None to those in ``skip``."""
     generator = torch.Generator().manual_seed(seed)

@@ -26,8 +26,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from stac_optimizer import STAC
-from tests.runs import assert_equal_runs, process_group, stepped
-from tests.support import assert_same_bits, parameter_state, set_gradients, small_model
+from tests.runs import assert_equal_runs, built, process_group, stepped
+from tests.support import assert_same_bits, parameter_state, set_gradients, small_model, wide_model
 
 Run = tuple[nn.Module, STAC]
 
@@ -52,6 +52,9 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "tensor-lr": {"lr": torch.tensor(1e-2)},
     "fused": {"fused": True},
     "error-if-nonfinite": {"error_if_nonfinite": True},
+    "bfloat16-state": {"trunk_state_dtype": torch.bfloat16},
+    "int8-state": {"trunk_state_dtype": torch.int8, "make": wide_model},
+    "stochastic-rounding": {"stochastic_rounding": True, "dtype": torch.bfloat16},
 }
 CASES = [
     pytest.param(StateDictOptions(**options), arguments, id=f"{name}-{arguments_name}")
@@ -208,11 +211,15 @@ def _sharded(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
 
 def _sharded_run(mesh: DeviceMesh, arguments: dict[str, Any]) -> Run:
     """The small model as FSDP2 leaves it: its parameters are shards, here the only ones."""
-    model = small_model()
-    for module in model.modules():
-        for name, param in list(module.named_parameters(recurse=False)):
-            module.register_parameter(name, nn.Parameter(_sharded(param, mesh)))
-    return model, STAC(model, **{"lr": 1e-2, **arguments})
+
+    def build(model: nn.Module) -> STAC:
+        for module in model.modules():
+            for name, param in list(module.named_parameters(recurse=False)):
+                module.register_parameter(name, nn.Parameter(_sharded(param, mesh)))
+        return STAC(model, **{"lr": 1e-2, **arguments})
+
+    make, dtype = arguments.pop("make", small_model), arguments.pop("dtype", torch.float32)
+    return built(build, dtype, make=make)
 
 
 @pytest.mark.parametrize(
@@ -225,6 +232,10 @@ def _sharded_run(mesh: DeviceMesh, arguments: dict[str, Any]) -> Run:
         pytest.param({"fused": True}, id="fused"),
         pytest.param({"weight_decay": 0.1, "maximize": True, "amsgrad": True}, id="decay-maximize-amsgrad"),
         pytest.param({"error_if_nonfinite": True}, id="error-if-nonfinite"),
+        pytest.param({"trunk_state_dtype": torch.bfloat16}, id="bfloat16-state"),
+        pytest.param({"trunk_state_dtype": torch.int8, "make": wide_model}, id="int8-state"),
+        pytest.param({"trunk_state_dtype": torch.int8, "trunk_cautious": True, "make": wide_model}, id="int8-cautious"),
+        pytest.param({"stochastic_rounding": True, "dtype": torch.bfloat16}, id="stochastic-rounding"),
     ],
 )
 def test_sharded_weights_step_and_resume_as_whole_ones(arguments: dict[str, Any], mesh: DeviceMesh) -> None:
@@ -238,7 +249,7 @@ def test_sharded_weights_step_and_resume_as_whole_ones(arguments: dict[str, Any]
             optimizer.step()
 
     whole = stepped(0, **arguments)
-    model, optimizer = _sharded_run(mesh, arguments)
+    model, optimizer = _sharded_run(mesh, dict(arguments))
     step(range(3), optimizer)
     resumed = STAC(model, lr=0.5)
     resumed.load_state_dict(optimizer.state_dict())

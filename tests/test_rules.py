@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -96,28 +96,59 @@ UNITS: Mapping[str, Mapping[str, int]] = {
 }
 
 
+Held = tuple[Mapping[str, nn.Parameter], STAC]
+
+
+def assert_equal_under_units(
+    expected: Held, others: Sequence[tuple[str, Mapping[str, int], Held]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That optimizers, each under units of its own, step as the first one under the default ones of :func:`set_units`.
+
+    Args:
+        expected: parameters and their optimizer.
+        others: what to call them, their units, and they.
+        monkeypatch: sets the units.
+    """
+    params, optimizer = expected
+    first, *rest = (run(held, own) for own, held in (expected, *(held for _, _, held in others)))
+    for _ in range(STEPS):
+        set_units(monkeypatch)
+        next(first)
+        for steps, (what, units, (own, other)) in zip(rest, others, strict=True):
+            set_units(monkeypatch, **units)
+            next(steps)
+            for name, param in params.items():
+                assert_same_bits(own[name], param, f"{what} {name}")
+                assert_same_bits(other.state[own[name]], optimizer.state[param], f"{what} {name}")
+
+
+def assert_traced_equals_eager(eager: Held, traced: Held) -> None:
+    """That a step traced into a graph and functionalized gives the bits of an eager one, twice."""
+    torch._dynamo.reset()
+    step = torch.compile(traced[1].step, fullgraph=True, backend="aot_eager")
+    for seed in range(2):
+        gradients = random_gradients(eager[0], seed)
+        step_with(eager[1], eager[0], gradients)
+        for name, param in traced[0].items():
+            param.grad = gradients[name]
+        step()
+    for name, param in eager[0].items():
+        assert_same_bits(param, traced[0][name], name)
+        assert_same_bits(eager[1].state[param], traced[1].state[traced[0][name]], name)
+
+
 TRUNK_CASES = [pytest.param(case, id=case.name) for case in RULE_CASES if case.role == "trunk"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", TRUNK_CASES)
 def test_trunk_paths_agree_by_bits(case: RuleCase, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    foreach = zoo(dtype)
-    optimizer = case.optimizer(foreach, "foreach")
-    expected = run(optimizer, foreach)
-    others = []
-    for units in UNITS.values():
+    def held(path: str) -> Held:
         params = zoo(dtype)
-        single = case.optimizer(params, "single")
-        others.append((units, params, single, run(single, params)))
-    for _ in range(STEPS):
-        next(expected)
-        for units, params, single, steps in others:
-            set_units(monkeypatch, **units)
-            next(steps)
-            for name, param in foreach.items():
-                assert_same_bits(params[name], param, f"{units} {name}")
-                assert_same_bits(single.state[params[name]], optimizer.state[param], f"{units} {name}")
+        return params, case.optimizer(params, path)
+
+    others = [(str(units), units, held("single")) for units in UNITS.values()]
+    assert_equal_under_units(held("foreach"), others, monkeypatch)
 
 
 @pytest.mark.parametrize("case", TRUNK_CASES)
@@ -138,19 +169,8 @@ def test_trunk_mixed_dtypes_in_one_group_agree_by_bits(case: RuleCase) -> None:
 @pytest.mark.parametrize("path", ["single", "foreach"])
 def test_trunk_compiled_step_agrees_by_bits(case: RuleCase, path: str) -> None:
     """Traced into a graph, here run without inductor; tests/test_ecosystem.py compiles for real."""
-    torch._dynamo.reset()
-    eager, compiled = zoo(torch.float32), zoo(torch.float32)
-    optimizers = [case.optimizer(params, path) for params in (eager, compiled)]
-    step = torch.compile(optimizers[1].step, fullgraph=True, backend="aot_eager")
-    for seed in range(2):
-        gradients = random_gradients(eager, seed)
-        step_with(optimizers[0], eager, gradients)
-        for name, param in compiled.items():
-            param.grad = gradients[name]
-        step()
-    for name, param in eager.items():
-        assert_same_bits(param, compiled[name], name)
-        assert_same_bits(optimizers[0].state[param], optimizers[1].state[compiled[name]], name)
+    eager, traced = zoo(torch.float32), zoo(torch.float32)
+    assert_traced_equals_eager((eager, case.optimizer(eager, path)), (traced, case.optimizer(traced, path)))
 
 
 # torch 2.6 warns of its own configuration while it logs what it compiles.
@@ -322,7 +342,7 @@ def test_default_path_is_the_one_torch_would_take(monkeypatch: pytest.MonkeyPatc
         "fused",
     )
     assert path(foreach=True, trunk_cautious=True) == path(foreach=True, stochastic_rounding=True) == "single"
-    assert path(foreach=True, trunk_state_dtype=torch.int8) == "single"
+    assert path(foreach=True, trunk_state_dtype="int8") == "single"
     monkeypatch.setattr(_tensors, "is_foreach_faster", lambda params, differentiable: not differentiable)
     assert (path(), path(foreach=False), path(fused=True)) == ("foreach", "single", "fused")
     assert path(differentiable=True) == "single"

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from stac_optimizer import STAC
-from tests.support import assert_same_bits, set_gradients, small_model, snapshot, take_steps
+from tests.runs import assert_equal_runs, stepped
+from tests.support import assert_same_bits, set_gradients, small_model, snapshot, take_steps, wide_model
 
 LAST = "3.bias"
 
@@ -235,6 +236,27 @@ def test_scaled_float16_gradients_are_unscaled_in_float32(role: str) -> None:
         assert_same_bits(ours.detach(), theirs.detach())
     else:
         assert torch.equal(ours.detach(), 0.5 - 0.01 * torch.sign(gradient))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "arguments"),
+    [
+        pytest.param(torch.float32, {}, id="default"),
+        pytest.param(torch.float32, {"foreach": True}, id="foreach"),
+        pytest.param(torch.float32, {"trunk_cautious": True}, id="cautious"),
+        pytest.param(torch.float32, {"trunk_state_dtype": torch.int8}, id="int8"),
+        pytest.param(torch.bfloat16, {"stochastic_rounding": True, "trunk_cautious": True}, id="rounding"),
+    ],
+)
+def test_default_device_of_new_tensors_does_not_matter(dtype: torch.dtype, arguments: dict[str, Any]) -> None:
+    """What a step makes for itself lies with the weights, wherever else a model is being built."""
+    runs = [stepped(1, dtype=dtype, make=wide_model, **arguments) for _ in range(2)]
+    for model, _ in runs:
+        set_gradients(model, 1)
+    runs[0][1].step()
+    with torch.device("meta"):
+        runs[1][1].step()
+    assert_equal_runs(*runs)
 
 
 def test_hidden_step_that_makes_state_is_not_counted() -> None:

@@ -256,6 +256,10 @@ LR = torch.tensor(1e-3)
 EXCLUDED: dict[str, tuple[dict[str, Any], str]] = {
     "fused-foreach": ({"fused": True, "foreach": True}, "fused and .*foreach exclude each other"),
     "fused-differentiable": ({"fused": True, "differentiable": True}, "fused and .*differentiable exclude each other"),
+    "rounding-differentiable": (
+        {"stochastic_rounding": True, "differentiable": True},
+        "stochastic_rounding and .*differentiable exclude",
+    ),
     "foreach-differentiable": ({"foreach": True, "differentiable": True}, "foreach and .*differentiable exclude"),
     "foreach-tensor-lr": ({"foreach": True, "lr": LR}, "lr as a tensor .*foreach=True needs .*capturable=True"),
     "foreach-tensor-cap_lr": ({"foreach": True, "cap_lr": LR}, "lr as a tensor .*foreach=True needs .*capturable"),

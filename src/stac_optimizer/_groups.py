@@ -37,6 +37,13 @@ TRUNK_LR_RATIO = 0.75
 
 # What torch's learning-rate schedulers and weight averaging keep in groups.
 TORCH_KEYS = frozenset({"initial_lr", "min_lr", "max_lr", "base_momentum", "max_momentum", "swa_lr"})
+# A rounded step is flat in lr and weight, so there is nothing to differentiate.
+EXCLUSIVE_FLAGS = (
+    ("fused", "foreach"),
+    ("fused", "differentiable"),
+    ("foreach", "differentiable"),
+    ("stochastic_rounding", "differentiable"),
+)
 STRUCTURE_KEYS = frozenset({"params", "param_names", "stac_role", "rule", "layer_names", "layer_types"})
 
 
@@ -53,7 +60,7 @@ def checked(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     """
     known = hyperparameters()
     result = {name: known[name].check(where + name, value) for name, value in values.items() if name in known}
-    for one, other in (("fused", "foreach"), ("fused", "differentiable"), ("foreach", "differentiable")):
+    for one, other in EXCLUSIVE_FLAGS:
         if result[one] and result[other]:
             raise ValueError(f"{where}{one} and {other} exclude each other, got True for both")
     if isinstance(result["lr"], Tensor) and result["foreach"] and not result["capturable"]:

@@ -196,7 +196,8 @@ def zeros_by_row(param: Tensor, rows: int, columns: int) -> Tensor:
     if not is_sharded(param):
         return torch.zeros((rows, columns), dtype=torch.float32, device=param.device)
     sharded: Any = param
-    local = torch.zeros((sharded.to_local().shape[0], columns), dtype=torch.float32, device=param.device)
+    local_rows = sharded.to_local().shape[:1].numel()  # 1 for a scalar
+    local = torch.zeros((local_rows, columns), dtype=torch.float32, device=param.device)
     shape = torch.Size((rows, columns))
     zeros: Tensor = type(sharded.data).from_local(
         local, sharded.device_mesh, sharded.placements, run_check=False, shape=shape, stride=(columns, 1)

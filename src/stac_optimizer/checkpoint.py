@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stac_optimizer._groups import STRUCTURE_KEYS, TORCH_KEYS, checked, named_parameters
+from stac_optimizer._groups import STRUCTURE_KEYS, TORCH_KEYS, check_fitness, checked, named_parameters
 from stac_optimizer._validation import mapping, non_negative
 from stac_optimizer.rules import RULES, Group, StateTensor, hyperparameters
 
@@ -51,6 +51,8 @@ def prepare(
         _checked_group(saved, present, f"checkpoint group {index}: ")
         for index, (saved, present) in enumerate(zip(groups, param_groups, strict=True))
     ]
+    present_params = [present["params"] for present in param_groups]
+    check_fitness({**group, "params": params} for group, params in zip(loaded, present_params, strict=True))
     ids = [number for group in groups for number in group["params"]]
     named = list(named_parameters(param_groups))
     merged = [group for group in loaded for _ in group["params"]]

@@ -75,7 +75,8 @@ class STAC(Optimizer):
         trunk_state_dtype: what the trunk's averages are held in. None: the weight's dtype; ``torch.bfloat16``;
             ``torch.int8``: codes of 8 bits, spaced by the square root, with a float32 scale for each 128 consecutive
             weights of a row, about 1.03 bytes a weight. Complex weights keep their dtype; under int8 so do float64
-            ones, and those with rows shorter than 64 elements, such as biases and norms.
+            ones, and those with rows shorter than 64 elements, such as biases and norms. Groups hold the dtype's name,
+            which may be given too: ``"bfloat16"``, ``"int8"``.
         stochastic_rounding: round bfloat16 weights, and the cap's averages, up or down by chance so that the mean is
             right: a step below half the spacing of values then moves the weight in expectation. All weights of the
             group must be bfloat16. The cap is computed in float32.
@@ -151,7 +152,7 @@ class STAC(Optimizer):
         fused: bool | None = None,
         capturable: bool = False,
         differentiable: bool = False,
-        trunk_state_dtype: torch.dtype | None = None,
+        trunk_state_dtype: torch.dtype | str | None = None,
         stochastic_rounding: bool = False,
         rounding_seed: int = 0,
     ) -> None:

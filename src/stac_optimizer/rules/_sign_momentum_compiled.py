@@ -114,9 +114,9 @@ def _compiled(variant: Variant) -> Compiled | None:
         update(tensors, numbers, maximize=variant.maximize, mean=mean, noise=noise)
         return True
 
-    made = Compiled(_compile(count), _compile(step))
     tensors, numbers, mean, salt = _probe(variant)
     try:
+        made = Compiled(_compile(count), _compile(step))
         has_run = made.update(tensors, numbers, mean, salt)
         if variant.masked:
             made.count(tensors, numbers)
@@ -191,9 +191,10 @@ class _Bound:
 def _as_run(piece: Piece) -> list[Tensor] | None:
     """The tensors of a piece whose elements follow one another in memory, one dimension, or blocks of codes as rows.
 
-    None for a piece that lies otherwise, or whose blocks are short.
+    None for a piece that lies otherwise, or whose blocks are short, or that holds less than two elements or blocks: for
+    sizes of 0 and 1 dynamo compiles anew.
     """
-    if not all(map(Tensor.is_contiguous, piece.tensors)):
+    if not all(map(Tensor.is_contiguous, piece.tensors)) or piece.tensors[-1].numel() < 2:
         return None
     tensors = [tensor.detach() for tensor in piece.tensors]  # a kernel is made for tensors that require grad, or do not
     if not _codes.is_coded(tensors):

@@ -88,7 +88,7 @@ def fits_triton(param: Tensor, whole: Tensor, group: Group) -> bool:
     """
     if group["trunk_cautious"] and _tensors.is_sharded(whole):
         return False
-    if group["trunk_state_dtype"] == torch.int8 and _codes.can_be_coded(param):
+    if group["trunk_state_dtype"] == "int8" and _codes.can_be_coded(param):
         return param.is_contiguous() and not _codes.matrix_shape(param)[1] % _codes.BLOCK
     return _tensors.is_dense(param)
 

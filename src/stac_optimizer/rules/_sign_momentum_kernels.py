@@ -199,8 +199,8 @@ def _mean_of_unit(work: Work, unit: Unit, numbers: Numbers, kernels: Kernels) ->
     A count over a number: exact however a parameter is cut or sharded.
     """
     maximize = work.group["maximize"]
-    whole = work.wholes[unit.members[0]]
-    dtype = _tensors.arithmetic_dtype(work.tensorlists[0][unit.members[0]].dtype)
+    whole, local = work.wholes[unit.members[0]], work.tensorlists[0][unit.members[0]]
+    dtype = _tensors.arithmetic_dtype(local.dtype)
     if unit.sizes:
         (mask,) = [
             next_mask(grad, exp_avg, numbers, maximize=maximize)
@@ -211,6 +211,7 @@ def _mean_of_unit(work: Work, unit: Unit, numbers: Numbers, kernels: Kernels) ->
         means = (agreeing.to(dtype) / sizes).clamp_(min=LEAST_AGREEMENT)
         return means.repeat_interleave(sizes, output_size=sum(unit.sizes))
     counts = [kernels.count_agreeing(piece, unit, numbers, maximize=maximize) for piece in unit.pieces]
+    counts = counts or [torch.zeros((), dtype=torch.int64, device=local.device)]  # an empty shard has no pieces
     agreeing = _tensors.sum_over_shards(torch.stack(counts).sum(), whole)
     numel = whole.numel() * (2 if whole.is_complex() else 1)
     # By a tensor: on CUDA a quotient by a number is a product with its reciprocal, and rounds twice.

@@ -24,10 +24,15 @@ from stac_optimizer.rules._sign_momentum_kernels import Work, multi_tensor, sing
 __all__ = ["SignMomentum"]
 
 
-def _state_dtype(name: str, value: Any) -> torch.dtype | None:
-    if value is not None and not isinstance(value, torch.dtype):
+STATE_DTYPES = {"bfloat16": torch.bfloat16, "int8": torch.int8}
+
+
+def _state_dtype(name: str, value: Any) -> str | None:
+    """The name of a dtype: full state dicts of torch.distributed hold plain Python values alone."""
+    if value is not None and not isinstance(value, torch.dtype | str):
         raise TypeError(f"{name} must be None or a torch.dtype, got {value!r} of type {type(value).__name__}")
-    chosen: torch.dtype | None = one_of(name, value, (None, torch.bfloat16, torch.int8))
+    known: dict[Any, str] = {dtype: dtype_name for dtype_name, dtype in STATE_DTYPES.items()}
+    chosen: str | None = one_of(name, known.get(value, value), (None, *STATE_DTYPES))
     return chosen
 
 
@@ -65,7 +70,7 @@ class SignMomentum(Rule):
 
     def state_tensors(self, group: Group) -> tuple[StateTensor, ...]:
         """The counter; with momentum the average, in codes with its scales."""
-        dtype = group["trunk_state_dtype"]
+        dtype = STATE_DTYPES.get(group["trunk_state_dtype"])
         tensors = [StateTensor(key="step", counter=True)]
         if group["trunk_momentum"]:
             tensors.append(StateTensor(key="exp_avg", dtype=dtype))
@@ -74,7 +79,7 @@ class SignMomentum(Rule):
         return tuple(tensors)
 
     def unfitness(self, param: Tensor, group: Group) -> str | None:
-        if group["trunk_state_dtype"] == torch.int8 and not _tensors.is_sharded_by_row(param):
+        if group["trunk_state_dtype"] == "int8" and not _tensors.is_sharded_by_row(param):
             return "is sharded within rows, and 8-bit state needs whole ones; use trunk_state_dtype=torch.bfloat16"
         return super().unfitness(param, group)
 
@@ -98,7 +103,7 @@ class SignMomentum(Rule):
             path = super().path(params, {**group, "fused": None})
         # Masks, codes and stochastic rounding have no form on lists of tensors.
         is_listed = not (group["trunk_cautious"] or group["stochastic_rounding"])
-        return "single" if path == "foreach" and not (is_listed and group["trunk_state_dtype"] != torch.int8) else path
+        return "single" if path == "foreach" and not (is_listed and group["trunk_state_dtype"] != "int8") else path
 
     def skips_by_itself(self, group: Group) -> bool:
         return skips_by_itself(group)

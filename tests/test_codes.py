@@ -1,0 +1,192 @@
+"""Block-wise 8-bit codes: against the equation of their docstring, at its ends, and where there are none."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from stac_optimizer import _codes
+from tests import reference
+from tests.support import assert_same_bits
+
+# The level of an element, up to 127, goes through three roundings of float32: this close to a tie it may be either.
+NEAR_TIE = 3 * 127 * 2.0**-24
+
+
+def encoded(average: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of blocks, the last dimension a block's."""
+    codes = torch.full(average.shape, 99, dtype=torch.int8)
+    scale = torch.full((*average.shape[:-1], 1), torch.nan)
+    _codes.encode_(average.clone(), codes, scale)
+    return codes, scale
+
+
+def round_trip(average: Tensor) -> Tensor:
+    return _codes.decode(*encoded(average))
+
+
+def averages(blocks: int, width: int, *, seed: int = 0) -> Tensor:
+    """Blocks of all magnitudes, as gradients of different layers have, with elements from large to lost beside them."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(blocks, width, generator=generator) ** 3
+    return values * 10 ** torch.empty(blocks, 1).uniform_(-12, 12, generator=generator)
+
+
+def as_array(tensor: Tensor) -> reference.Array:
+    array: reference.Array = tensor.double().numpy()
+    return array
+
+
+@pytest.mark.parametrize("width", [128, 64, 1])
+def test_codes_are_the_rounded_levels_of_the_equation(width: int) -> None:
+    average = averages(2000, width)
+    codes, scale = encoded(average)
+    scales = reference.block_scales(as_array(average))
+    assert np.array_equal(as_array(scale), scales)
+    exact = reference.exact_levels(as_array(average), scales)
+    is_tie = np.abs(exact - np.floor(exact) - 0.5) < NEAR_TIE
+    expected = np.rint(exact) * np.sign(as_array(average))
+    assert np.array_equal(as_array(codes)[~is_tie], expected[~is_tie])
+    assert np.abs(as_array(codes) - expected).max() <= 1
+    assert is_tie.mean() < 4 * NEAR_TIE  # were levels evenly spread, twice NEAR_TIE
+
+
+def test_ties_go_away_from_zero_exactly() -> None:
+    """Squares of half levels are exact in float32, where the largest is 127^2."""
+    half = torch.arange(127) + 0.5
+    codes, _ = encoded(torch.cat([half**2, torch.tensor([127.0**2])]))
+    assert codes[:127].tolist() == list(range(1, 128))
+    below, _ = encoded(torch.cat([torch.nextafter(half**2, torch.tensor(0.0)), torch.tensor([127.0**2])]))
+    assert below[:127].tolist() == list(range(127))
+
+
+def test_decoded_averages_are_within_half_a_level() -> None:
+    average = averages(2000, 128, seed=1)
+    codes, scale = encoded(average)
+    actual, scales = as_array(_codes.decode(codes, scale)), as_array(scale)
+    # Three roundings of float32: of 1 / 127^2, of its product with the scale, and of that with the code.
+    np.testing.assert_allclose(actual, reference.decoded(as_array(codes), scales), rtol=3 * 2.0**-24)
+    levels = [
+        reference.exact_levels(values, scales) for values in (np.clip(actual, -scales, scales), as_array(average))
+    ]
+    assert np.abs(levels[0] - levels[1]).max() <= 0.5 + NEAR_TIE
+    assert (np.sign(actual) * np.sign(as_array(average)) >= 0).all()
+
+
+def test_zeros_stay_and_the_largest_of_a_block_is_kept() -> None:
+    average = averages(5000, 128, seed=2)
+    average[:, ::3] = 0.0
+    average[0] = -0.0
+    codes, _ = encoded(average)
+    decoded = round_trip(average)
+    assert not decoded[:, ::3].any()
+    assert not decoded[0].any()
+    largest = average.abs().argmax(1, keepdim=True)[1:]
+    assert (codes[1:].gather(1, largest).abs() == 127).all()
+    torch.testing.assert_close(decoded[1:].gather(1, largest), average[1:].gather(1, largest), rtol=2.0**-23, atol=0)
+
+
+def test_an_element_a_thousand_times_smaller_than_the_largest_is_told_from_zero() -> None:
+    """Evenly spaced codes would lose it."""
+    decoded = round_trip(torch.tensor([1.0, 1e-3, -1e-3, 1e-5]))
+    assert decoded[1] == -decoded[2]
+    assert decoded[1].item() == pytest.approx(1e-3, rel=0.01)
+    assert decoded[3] == 0
+
+
+@pytest.mark.parametrize("largest", [1e-30, 1e-31, 1e-38, 1e-42, 0.0])
+def test_averages_too_small_for_a_scale_become_zeros(largest: float) -> None:
+    average = torch.tensor([largest, -largest / 2, 0.0])
+    codes, scale = encoded(average)
+    assert not codes.any()
+    assert scale.item() == torch.tensor(largest).item()
+    assert not _codes.decode(codes, scale).any()
+
+
+@pytest.mark.parametrize("largest", [2e-30, 3e38])
+def test_averages_at_both_ends_of_the_range_are_held(largest: float) -> None:
+    average = torch.tensor([largest, -largest / 4, 0.0])
+    torch.testing.assert_close(round_trip(average), average, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("place", [0, 77, 127])
+def test_block_with_a_value_that_is_not_finite_decodes_to_nan_and_its_neighbours_stay(value: float, place: int) -> None:
+    average = averages(3, 128).view(1, 3, 128)
+    expected = round_trip(average)
+    average[0, 1, place] = value
+    codes, scale = encoded(average)
+    decoded = _codes.decode(codes, scale)
+    assert not codes[0, 1].any()
+    assert scale[0, 1].item() == torch.inf
+    assert decoded[0, 1].isnan().all()
+    assert_same_bits(decoded[:, ::2], expected[:, ::2])
+    assert round_trip(decoded)[0, 1].isnan().all()
+
+
+@given(
+    st.lists(st.floats(-(2.0**120), 2.0**120, width=32), min_size=1, max_size=130),
+    st.sampled_from([1.0, 2.0**-60, 2.0**-100]),
+)
+@example([1.0, -0.25, 0.1], 1.0)
+def test_averages_once_in_codes_keep_them(values: list[float], scale: float) -> None:
+    """What is encoded again moves by no more than the scale does, whose two roundings may come out otherwise."""
+    codes, scales = encoded(torch.tensor(values) * scale)
+    once = _codes.decode(codes, scales)
+    again, new_scales = encoded(once)
+    if scales > _codes.LEAST_SCALE * 1.01:
+        assert_same_bits(again, codes)
+    torch.testing.assert_close(new_scales * codes.any(), scales * codes.any(), rtol=2.0**-23, atol=0)
+
+
+SHAPES = [
+    # Shape, dtype, whether it can be coded, the matrix, the scales.
+    ((3, 64), torch.float32, True, (3, 64), (3, 1)),
+    ((3, 64), torch.bfloat16, True, (3, 64), (3, 1)),
+    ((3, 64), torch.float16, True, (3, 64), (3, 1)),
+    ((3, 64), torch.float64, False, (3, 64), (3, 0)),
+    ((3, 64), torch.complex64, False, (3, 64), (3, 0)),
+    ((3, 63), torch.float32, False, (3, 63), (3, 0)),
+    ((3, 128), torch.float32, True, (3, 128), (3, 1)),
+    ((3, 129), torch.float32, True, (3, 129), (3, 2)),
+    ((1, 1000), torch.float32, True, (1, 1000), (1, 8)),
+    ((2, 8, 4, 2), torch.float32, True, (2, 64), (2, 1)),
+    ((64, 1, 3, 3), torch.float32, False, (64, 9), (64, 0)),
+    ((1000,), torch.float32, False, (1000, 1), (1000, 0)),
+    ((), torch.float32, False, (1, 1), (1, 0)),
+    ((0, 64), torch.float32, True, (0, 64), (0, 1)),
+    ((5, 0), torch.float32, False, (5, 0), (5, 0)),
+]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "can_be_coded", "matrix", "scales"),
+    [pytest.param(*row, id=f"{row[0]}-{row[1]}") for row in SHAPES],
+)
+def test_rows_of_at_least_64_single_precision_elements_are_coded(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    can_be_coded: bool,
+    matrix: tuple[int, int],
+    scales: tuple[int, int],
+) -> None:
+    param = torch.zeros(shape, dtype=dtype)
+    assert _codes.can_be_coded(param) is can_be_coded
+    assert _codes.matrix_shape(param) == matrix
+    assert tuple(_codes.scales_shape(param)) == scales
+    assert_same_bits(_codes.scales_like(param), torch.zeros(scales))
+
+
+def test_integers_cannot_be_coded() -> None:
+    assert not _codes.can_be_coded(torch.zeros(3, 64, dtype=torch.int32))
+
+
+def test_only_state_in_int8_counts_as_codes() -> None:
+    weight, codes = torch.zeros(3, 64), torch.zeros(3, 64, dtype=torch.int8)
+    assert _codes.is_coded([weight, weight, codes, torch.zeros(3, 1)])
+    assert not _codes.is_coded([weight, weight, weight])
+    assert not _codes.is_coded([weight, weight])
