@@ -36,6 +36,8 @@ def test_numbers_are_rounded_once_to_their_dtype() -> None:
 def test_tables_are_remembered_but_not_while_a_graph_is_captured(
     table: Callable[[Sequence[int], torch.device], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert table([1, 2, 5], CPU) is not table([1, 2, 5], CPU)  # where nothing is waited for, nothing is kept
+    monkeypatch.setattr(_device_tables, "_stream", lambda device: 0)
     first = table([1, 2, 5], CPU)
     assert table([1, 2, 5], CPU) is first
     assert table([1, 2, 4], CPU) is not first

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,29 @@ def assert_same_runs(one: STAC, other: STAC) -> None:
             for held, p in ((one, left), (other, right))
         ]
         assert_same_bits(states[0], states[1])
+
+
+def test_kernel_that_cannot_run_leaves_its_work_to_the_default_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when dynamo finds, in mid-run, that it has compiled too often."""
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("recompile limit reached\nand more")
+
+    kernels = _sign_momentum_compiled.Compiled(broken, broken)
+    monkeypatch.setattr(_sign_momentum_compiled, "_compiled", lambda variant: kernels)
+    runs = [weights(torch.float32), weights(torch.float32)]
+    default, fused = (
+        trunk_of(params, fused=flag, trunk_cautious=True) for params, flag in zip(runs, (None, True), strict=True)
+    )
+    for seed in range(2):
+        for params in runs:
+            give_gradients(params, seed)
+        default.step()
+        with (
+            pytest.warns(UserWarning, match=r"RuntimeError: recompile limit reached\)") if seed == 0 else nullcontext()
+        ):
+            fused.step()
+    assert_same_runs(default, fused)
 
 
 def compilations() -> int:

@@ -22,6 +22,8 @@ CASES = [
     pytest.param("trunk", torch.bfloat16, {"stochastic_rounding": True}, id="trunk-rounding"),
     pytest.param("cap", torch.float32, {}, id="cap"),
     pytest.param("cap", torch.bfloat16, {"stochastic_rounding": True}, id="cap-rounding"),
+    pytest.param("cap", torch.float32, {"foreach": True}, id="cap-foreach"),
+    pytest.param("cap", torch.float32, {"fused": True}, id="cap-fused"),
     pytest.param("trunk", torch.float32, {"fused": True}, id="trunk-fused", marks=pytest.mark.slow),
 ]
 
@@ -36,8 +38,39 @@ def test_step_on_a_large_tensor_holds_little_at_a_time(
     weight.grad = torch.ones_like(weight)
     optimizer.step()
     peak = transient_bytes_of(optimizer.step, torch.device("cpu"))
-    # The fused kernel writes in place, so it may hold next to nothing.
+    # A fused kernel writes in place, so it may hold next to nothing.
     assert peak > 0 or arguments.get("fused")
     assert peak <= MOST, f"{peak / 2**20:.1f} MiB"
     # AdamW's averages are rounded as well, so its step is not exactly lr.
     torch.testing.assert_close(weight.detach(), torch.full_like(weight, 0.75), rtol=0, atol=2.0**-8)
+
+
+@pytest.mark.filterwarnings("ignore:Skipping serialization:UserWarning")
+@pytest.mark.slow
+def test_codes_in_broken_blocks_hold_little_under_fused() -> None:
+    """Rows that are no multiple of a block have no compiled kernel."""
+    weight = nn.Parameter(torch.ones(8192, 1600, dtype=torch.bfloat16))
+    groups = [{"params": [("w", weight)], "stac_role": "trunk"}]
+    optimizer = STAC(groups, fused=True, trunk_state_dtype=torch.int8, stochastic_rounding=True)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert transient_bytes_of(optimizer.step, torch.device("cpu")) <= MOST
+
+
+@pytest.mark.filterwarnings("ignore:Skipping serialization:UserWarning")
+@pytest.mark.slow
+@pytest.mark.parametrize("role", ["trunk", "cap"])
+def test_scaled_gradients_are_not_copied_whole(role: str) -> None:
+    """As a GradScaler leaves them to a fused step. Cut in blocks, as torch's fused AdamW writes unscaled ones back."""
+    weight = nn.Parameter(torch.ones(SHAPE))
+    optimizer = STAC([{"params": [("w", weight)], "stac_role": role}], lr=0.125, fused=True)
+    weight.grad = torch.full_like(weight, 1024.0)
+
+    def step() -> None:
+        vars(optimizer).update(grad_scale=torch.tensor(1024.0), found_inf=torch.tensor(0.0))
+        optimizer.step()
+
+    step()
+    assert transient_bytes_of(step, torch.device("cpu")) <= MOST
+    torch.testing.assert_close(weight.detach(), torch.full_like(weight, 0.75), rtol=0, atol=2.0**-8)
+    assert (weight.grad == 1024.0).all()

@@ -35,7 +35,7 @@ each_kind = pytest.mark.parametrize("kind", ROLES)
 
 def noise(numel: int, *, seed: int = 0, position: int = 0, step: int = 1, kind: int = 0) -> Tensor:
     """The noise of one parameter in one step."""
-    salt = _rounding.salts(seed, [position], [torch.tensor(float(step))], kind=kind)
+    salt = _rounding.salts(seed, [position], torch.tensor([float(step)]), kind=kind)
     return _rounding.noise_of_run(torch.empty(numel), salt[0])
 
 

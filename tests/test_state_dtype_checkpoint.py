@@ -127,7 +127,8 @@ def test_checkpoint_holds_plain_values(kind: torch.dtype | None) -> None:
     _, optimizer = _wide(0, kind)
     name = None if kind is None else str(kind).removeprefix("torch.")
     assert {group["trunk_state_dtype"] for group in optimizer.param_groups} == {name}
-    assert _wide(0, name)[1].param_groups[0]["trunk_state_dtype"] == name
+    by_name = STAC(_wide(0, None)[0], trunk_state_dtype=name)
+    assert by_name.param_groups[0]["trunk_state_dtype"] == name
 
 
 def test_codes_want_whole_rows_of_a_sharded_weight(tmp_path: Path) -> None:

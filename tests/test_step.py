@@ -283,3 +283,44 @@ def test_first_step_at_lr_zero_with_gradients_is_counted() -> None:
     optimizer = STAC(model, lr=0.0)
     take_steps(model, optimizer, [0])
     assert all(state["step"] == 1 and state["exp_avg"].any() for state in optimizer.state.values())
+
+
+@pytest.mark.parametrize("arguments", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
+@pytest.mark.parametrize("last_n_layers", [0, 1])
+def test_layout_may_change_between_steps(last_n_layers: int, arguments: dict[str, Any]) -> None:
+    """State keeps the layout it was made in; kernels that walk memory must not pair the wrong elements."""
+    runs = []
+    for converts in (False, True):
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 4, 3)
+        optimizer = STAC(model, lr=0.1, last_n_layers=last_n_layers, **arguments)
+        take_steps(model, optimizer, [0])
+        if converts:
+            model.weight.data = model.weight.data.contiguous(memory_format=torch.channels_last)
+        take_steps(model, optimizer, [1, 2])
+        runs.append({name: value.contiguous() for name, value in model.state_dict().items()})
+    for name, value in runs[0].items():
+        torch.testing.assert_close(runs[1][name], value, rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_refused_step_takes_what_a_scaler_handed_over() -> None:
+    """torch takes it away after a step that succeeds alone, and would multiply the next scale by what was left."""
+    model = small_model()
+    optimizer = STAC(model, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    parameter = model.get_parameter("3.bias")
+    for is_sparse in (True, False):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.ones(2, 6)).sum()).backward()
+        if is_sparse:
+            assert parameter.grad is not None
+            parameter.grad = parameter.grad.to_sparse()
+            with pytest.raises(RuntimeError, match="layout"):
+                scaler.step(optimizer)
+            assert not {"grad_scale", "found_inf"} & set(vars(optimizer))
+        else:
+            scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+            scaler.scale(torch.zeros(()))
+            scaler.step(optimizer)
+    # The gradient of a bias under a sum over two rows is 2, and a tenth of it enters the average.
+    torch.testing.assert_close(optimizer.state[parameter]["exp_avg"], torch.full((3,), 0.2))

@@ -27,6 +27,7 @@ __all__ = [
     "can_be_coded",
     "decode",
     "encode_",
+    "has_whole_blocks",
     "is_coded",
     "matrix_shape",
     "scales_like",
@@ -56,6 +57,11 @@ def can_be_coded(param: Tensor) -> bool:
 def is_coded(tensors: Sequence[Tensor]) -> bool:
     """Whether these, a weight, its gradient and its state, hold an average in codes."""
     return len(tensors) > 3 and tensors[2].dtype == torch.int8
+
+
+def has_whole_blocks(tensors: Sequence[Tensor]) -> bool:
+    """Whether the memory of these is one whole block after another."""
+    return matrix_shape(tensors[0])[1] % BLOCK == 0 and all(map(Tensor.is_contiguous, tensors))
 
 
 def scales_shape(param: Tensor) -> torch.Size:

@@ -46,10 +46,10 @@ def numbers(values: Sequence[float | Tensor], dtype: torch.dtype, device: torch.
 
 
 def _stream(device: torch.device) -> int | None:
-    """The current stream, for what holds on that one alone; None while it is captured."""
-    if device.type != "cuda":
-        return 0
-    return None if torch.cuda.is_current_stream_capturing() else torch.cuda.current_stream(device).cuda_stream
+    """The current stream, for what holds on that one alone; None while it is captured, and where there is none."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return None
+    return torch.cuda.current_stream(device).cuda_stream
 
 
 def _integers(values: tuple[int, ...], device: torch.device) -> Tensor:

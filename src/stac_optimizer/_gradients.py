@@ -1,4 +1,4 @@
-"""What is asked of gradients before a step changes anything."""
+"""What is asked, of gradients above all, before a step changes anything."""
 
 from __future__ import annotations
 
@@ -10,7 +10,19 @@ from stac_optimizer._groups import name_of, named_parameters
 from stac_optimizer._tensors import are_finite, are_zero
 from stac_optimizer.rules import RULES, Group
 
-__all__ = ["check_finite", "check_gradients", "only_make_state"]
+__all__ = ["check_capture", "check_finite", "check_gradients", "only_make_state"]
+
+
+def check_capture(groups: Sequence[Group]) -> None:
+    """Refuse to be captured in a CUDA graph with counters on the host, which a replay would not move.
+
+    Raises:
+        RuntimeError: the present stream is being captured, and a group is not capturable.
+    """
+    if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
+        return
+    if torch.cuda.is_current_stream_capturing() and not all(group["capturable"] for group in groups):
+        raise RuntimeError("a CUDA graph captures this step, but capturable is False; build STAC with capturable=True")
 
 
 def check_gradients(groups: Sequence[Group], all_groups: Sequence[Group], *, rest_may_have_changed: bool) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from stac_optimizer import _device_tables
 from stac_optimizer._units import Piece, Unit
 
-__all__ = ["noise_of", "noise_of_run", "round_into", "salt_from", "salts"]
+__all__ = ["counts", "noise_of", "noise_of_run", "round_into", "salt_from", "salts"]
 
 # Odd constants as signed 32-bit integers, for torch's unsigned ones know no arithmetic: 2^32 by the golden ratio, and
 # those of MurmurHash3.
@@ -40,23 +40,27 @@ def _mixed(values: Tensor) -> Tensor:
     return values
 
 
-def salts(seed: int, positions: Sequence[int], steps: Sequence[Tensor], *, kind: int = 0) -> Tensor:
+def counts(steps: Sequence[Tensor]) -> Tensor:
+    """Counts of steps as one tensor, on the device of the first."""
+    return torch.stack([step.to(steps[0].device) for step in steps])
+
+
+def salts(seed: int, positions: Sequence[int], steps: Tensor, *, kind: int = 0) -> Tensor:
     """One 32-bit integer for each parameter and step.
 
     Args:
         seed: of the run.
         positions: for each parameter its place among all of the run.
-        steps: their counts of steps.
+        steps: what :func:`counts` made.
         kind: tells the tensors of one parameter apart, up to 3.
     """
-    counts = torch.stack([*steps]).to(torch.int32)
     places = [4 * position + kind for position in positions]
     if torch.compiler.is_compiling():
-        table = torch.tensor(places, device=counts.device)
+        table = torch.tensor(places, device=steps.device)
     else:
-        table = _device_tables.integers(places, counts.device)
+        table = _device_tables.integers(places, steps.device)
     salt = _mixed((table.to(torch.int32) * SPREAD).add_(_wrapped(seed)))
-    return _mixed(salt.add_(counts.mul_(SPREAD)))
+    return _mixed(salt.add_(steps.to(torch.int32).mul_(SPREAD)))
 
 
 def noise_of(piece: Piece, unit: Unit, salt: Tensor) -> Tensor:
@@ -72,15 +76,17 @@ def noise_of(piece: Piece, unit: Unit, salt: Tensor) -> Tensor:
     for dim, (size, stride) in enumerate(zip(like.shape, piece.strides, strict=True)):
         along = torch.arange(size, dtype=torch.int32, device=like.device).mul_(_wrapped(stride))
         index = along.view(-1, *[1] * (like.ndim - dim - 1)) + index
-    chosen = salt[list(unit.members)].to(like.device)
     if unit.sizes:
+        chosen = salt[list(unit.members)].to(like.device)
         sizes = torch.tensor(unit.sizes, device="cpu")
         starts = (sizes.cumsum(0) - sizes).to(torch.int32)
         index = index - starts.repeat_interleave(sizes, output_size=like.numel())
         chosen = chosen.repeat_interleave(sizes, output_size=like.numel())
-    elif not isinstance(index, Tensor):
-        index = torch.zeros((), dtype=torch.int32, device=like.device)
-    return _noise(index, chosen if unit.sizes else chosen[0])
+    else:
+        chosen = salt[unit.members[0]].to(like.device)
+        if not isinstance(index, Tensor):
+            index = torch.zeros((), dtype=torch.int32, device=like.device)
+    return _noise(index, chosen)
 
 
 def noise_of_run(tensor: Tensor, salt: Tensor) -> Tensor:

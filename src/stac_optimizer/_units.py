@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stac_optimizer import _codes, _tensors
 
-__all__ = ["Piece", "Unit", "blocks", "buckets", "units"]
+__all__ = ["Piece", "Unit", "block_numel", "blocks", "buckets", "filled", "units"]
 
 # Elements of a block on the CPU. The four tensors that a block works on (weight, gradient, average, one temporary) then
 # stay in the cache of a core or of its neighbours; smaller blocks pay more calls, larger ones trips to memory.
@@ -78,7 +78,8 @@ def units(tensorlists: Sequence[list[Tensor]], *, pack: bool = True, cut: bool =
     for index, tensors in enumerate(zip(*tensorlists, strict=True)):
         first = tensors[0]
         if _codes.is_coded(tensors):
-            numel = block_numel(first) if cut else LARGE_NUMEL
+            # An update without kernel has half a dozen temporaries here, so its blocks are small on all devices.
+            numel = LARGE_NUMEL if not cut and _codes.has_whole_blocks(tensors) else BLOCK_NUMEL
             yield Unit(_CodedPieces(tensors, None if is_whole else numel), (index,))
         elif is_whole:
             yield Unit([_whole(tensors)], (index,))
@@ -87,7 +88,7 @@ def units(tensorlists: Sequence[list[Tensor]], *, pack: bool = True, cut: bool =
         else:
             yield Unit(blocks(*tensors, numel=block_numel(first) if cut else None), (index,))
     for members in packed.values():
-        for some in _filled(members, [tensorlists[0][index].numel() for index in members], BLOCK_NUMEL):
+        for some in filled(members, [tensorlists[0][index].numel() for index in members], BLOCK_NUMEL):
             if len(some) == 1:
                 yield Unit([_whole(tuple([tensors[some[0]] for tensors in tensorlists]))], tuple(some))
                 continue
@@ -103,11 +104,11 @@ def buckets(tensorlists: Sequence[list[Tensor]]) -> Iterator[list[list[Tensor]]]
         for piece in blocks(*tensors, numel=block_numel(tensors[0]))
     ]
     if cut:
-        for some in _filled(cut, [tensors[0].numel() for tensors in cut], block_numel(cut[0][0])):
+        for some in filled(cut, [tensors[0].numel() for tensors in cut], block_numel(cut[0][0])):
             yield [list(tensors) for tensors in zip(*some, strict=True)]
 
 
-def _filled(items: Sequence[Item], sizes: Sequence[int], full: int) -> Iterator[list[Item]]:
+def filled(items: Sequence[Item], sizes: Sequence[int], full: int) -> Iterator[list[Item]]:
     """Deal items out into lists, a list ending with the item that fills it."""
     held: list[Item] = []
     total = 0

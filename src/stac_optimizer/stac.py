@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stac_optimizer import checkpoint
-from stac_optimizer._gradients import check_finite, check_gradients, only_make_state
+from stac_optimizer._gradients import check_capture, check_finite, check_gradients, only_make_state
 from stac_optimizer._groups import build_groups, check_fitness, checked, named_parameters, partition_of
 from stac_optimizer._release import GradientRelease
 from stac_optimizer._validation import mapping, warn
@@ -273,7 +273,13 @@ class STAC(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update(self.param_groups)
+        try:
+            self._update(self.param_groups)
+        except Exception:
+            # A GradScaler takes these away after a step that succeeds, and would multiply its scale by one left here.
+            for name in ("grad_scale", "found_inf"):
+                vars(self).pop(name, None)
+            raise
         return loss
 
     def _update(self, groups: Sequence[Group], position: int | None = None) -> None:
@@ -283,12 +289,16 @@ class STAC(Optimizer):
             groups: all of the optimizer's groups, or in backward one group cut to one parameter.
             position: in backward that parameter's place among all.
         """
+        check_capture(groups)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         is_scaled = found_inf is not None
-        if found_inf is not None and not all(RULES[group["rule"]].skips_by_itself(group) for group in groups):
-            if found_inf.item():
+        if found_inf is not None:
+            if all(RULES[group["rule"]].skips_by_itself(group, self.state) for group in groups):
+                found_inf = (found_inf != 0).to(torch.float32)  # as a sum over devices it may be more than 1
+            elif found_inf.item():
                 return
-            found_inf = None
+            else:
+                found_inf = None
         check_gradients(groups, self.param_groups, rest_may_have_changed=self._release is not None)
         if not is_scaled and any(group["error_if_nonfinite"] for group in groups):
             check_finite(groups)

@@ -160,7 +160,7 @@ class Rule(ABC):
             return "is a leaf that requires grad, which a differentiable step cannot change in place; give clones"
         return self.unfitness(param, group) if group["stochastic_rounding"] else None  # a model may have been cast
 
-    def skips_by_itself(self, group: Group) -> bool:
+    def skips_by_itself(self, group: Group, states: Mapping[Tensor, Mapping[str, Tensor]]) -> bool:
         """Whether :meth:`update` itself reads ``found_inf`` on the device, so that the host need not wait for it."""
         return False
 

@@ -121,16 +121,21 @@ def _compiled(variant: Variant) -> Compiled | None:
         if variant.masked:
             made.count(tensors, numbers)
     except Exception as error:  # a missing or broken compiler shows in many ways
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    else:
-        if has_run:
-            return made
-        reason = "torch.compile is disabled"
-    _warn_once(
-        f"fused=True: the trunk's kernel for the CPU could not be compiled ({reason}); its default path runs instead, "
-        "with the same results. It needs a C++ compiler"
-    )
-    return None
+        _warn_of(error)
+        return None
+    if not has_run:
+        _warn_once(MESSAGE.format("torch.compile is disabled"))
+    return made if has_run else None
+
+
+MESSAGE = (
+    "fused=True: the trunk's kernel for the CPU could not be compiled ({}); the default path runs instead, with the "
+    "same results. It needs a C++ compiler"
+)
+
+
+def _warn_of(error: Exception) -> None:
+    _warn_once(MESSAGE.format(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"))
 
 
 _warn_once = functools.cache(warn)
@@ -175,7 +180,7 @@ class _Bound:
     def count_agreeing(self, piece: Piece, unit: Unit, numbers: Numbers, *, maximize: bool) -> Tensor:
         """As :func:`._sign_momentum_kernels.count_agreeing`."""
         tensors = _as_run(piece)
-        counted: Tensor | None = None if tensors is None else self.compiled.count(tensors, self.numbers)
+        counted: Tensor | None = None if tensors is None else _result(self.compiled.count, tensors, self.numbers)
         return count_agreeing(piece, unit, numbers, maximize=maximize) if counted is None else counted
 
     def update_piece(
@@ -184,8 +189,17 @@ class _Bound:
         """As :func:`._sign_momentum_kernels.update_piece`."""
         tensors = None if unit.sizes else _as_run(piece)
         own_salt = None if salt is None else _rounding.salt_from(piece.offset, salt[unit.members[0]])
-        if tensors is None or not self.compiled.update(tensors, self.numbers, mean, own_salt):
+        if tensors is None or not _result(self.compiled.update, tensors, self.numbers, mean, own_salt):
             update_piece(piece, unit, numbers, maximize=maximize, mean=mean, salt=salt)
+
+
+def _result(kernel: Callable[..., Any], *arguments: Any) -> Any:
+    """What a kernel returns; None where it cannot run, as when dynamo finds that it has compiled it too often."""
+    try:
+        return kernel(*arguments)
+    except Exception as error:  # before anything has changed, for what compiles does not run yet
+        _warn_of(error)
+        return None
 
 
 def _as_run(piece: Piece) -> list[Tensor] | None:

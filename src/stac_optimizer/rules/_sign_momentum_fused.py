@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ __all__ = ["fused", "has_fused", "skips_by_itself"]
 
 # bfloat16 arithmetic, and the kernels' 16-byte accesses.
 LEAST_CAPABILITY = (8, 0)
+WIDEST = torch.float64
 
 
 def has_fused(params: Sequence[Tensor]) -> bool:
@@ -40,7 +41,10 @@ def fused(work: Work) -> None:
     """Update by the kernels of each device."""
     for indices in _tensors.indices_by_device_and_dtype(work.tensorlists):
         some = work.only(indices)
-        if some.tensorlists[0][0].is_cpu:
+        param, _, *state = (tensors[0] for tensors in some.tensorlists)
+        if any(tensor.dtype == WIDEST != param.dtype for tensor in state):
+            single_tensor(some)  # averages of a checkpoint, wider than the kernels' arithmetic
+        elif param.is_cpu:
             compiled(some)
         else:
             by_triton(some)
@@ -49,7 +53,8 @@ def fused(work: Work) -> None:
 def by_triton(work: Work) -> None:
     """Update parameters of one device and dtype in one launch; those that it does not fit one by one."""
     fits = [
-        fits_triton(tensor, whole, work.group) for whole, tensor in zip(work.wholes, work.tensorlists[0], strict=True)
+        fits_triton(param, state, whole, work.group)
+        for whole, param, _, *state in zip(work.wholes, *work.tensorlists, strict=True)
     ]
     if not all(fits):
         single_tensor(work.only([index for index, fit in enumerate(fits) if not fit]))
@@ -73,29 +78,39 @@ def by_triton(work: Work) -> None:
         cautious_floor=LEAST_AGREEMENT if work.group["trunk_cautious"] else None,
         maximize=work.group["maximize"],
         grad_scale=numbers.grad_scale,
-        found_inf=work.found_inf,
-        salts=work.salt,
+        found_inf=None if work.found_inf is None else work.found_inf.to(params[0].device),
+        salts=None if work.salt is None else work.salt.to(params[0].device),
     )
 
 
-def fits_triton(param: Tensor, whole: Tensor, group: Group) -> bool:
+def fits_triton(param: Tensor, state: Sequence[Tensor], whole: Tensor, group: Group) -> bool:
     """Whether Triton's kernels, which walk memory, can update a parameter.
 
     Args:
         param: what of it is on this rank.
+        state: of that the average, as codes with the scales.
         whole: the parameter itself; means over shards are not for one launch.
         group: its group.
     """
     if group["trunk_cautious"] and _tensors.is_sharded(whole):
         return False
-    if group["trunk_state_dtype"] == "int8" and _codes.can_be_coded(param):
-        return param.is_contiguous() and not _codes.matrix_shape(param)[1] % _codes.BLOCK
-    return _tensors.is_dense(param)
+    if state and state[0].dtype == torch.int8:
+        return _codes.has_whole_blocks([param, *state])
+    is_alike = all(_tensors.has_layout_of(average, param) for average in state[:1])
+    is_wider = any(average.dtype == WIDEST != param.dtype for average in state[:1])
+    return _tensors.is_dense(param) and is_alike and not is_wider
 
 
-def skips_by_itself(group: Group) -> bool:
+def skips_by_itself(group: Group, states: Mapping[Tensor, Mapping[str, Tensor]]) -> bool:
     """Whether kernels read ``found_inf`` for every parameter."""
     wholes = group["params"]
-    local = _tensors.real_views(_tensors.local_views(wholes))
-    is_fused = group["fused"] and has_fused(wholes) and not any(param.is_cpu for param in wholes)
-    return is_fused and all(fits_triton(param, whole, group) for param, whole in zip(local, wholes, strict=True))
+    if not (group["fused"] and has_fused(wholes)) or any(param.is_cpu for param in wholes):
+        return False
+    keys = ("exp_avg", "exp_avg_scale")
+    held = [[states[whole][key] for key in keys if key in states.get(whole, {})] for whole in wholes]
+    params = zip(_local(wholes), map(_local, held), wholes, strict=True)
+    return all(fits_triton(param, state, whole, group) for param, state, whole in params)
+
+
+def _local(tensors: list[Tensor]) -> list[Tensor]:
+    return _tensors.real_views(_tensors.local_views(tensors))

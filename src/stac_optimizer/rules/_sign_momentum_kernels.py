@@ -65,15 +65,19 @@ class Work(NamedTuple):
 
     def only(self, chosen: Sequence[int]) -> Work:
         """The same for the parameters at these positions."""
+        if len(chosen) == len(self.wholes):
+            return self
         tensorlists = [[tensors[index] for index in chosen] for tensors in self.tensorlists]
-        salt = None if self.salt is None else self.salt[list(chosen)]
+        salt = None if self.salt is None else torch.stack([self.salt[index] for index in chosen])
         return self._replace(wholes=[self.wholes[i] for i in chosen], tensorlists=tensorlists, salt=salt)
 
     def numbers(self, device: torch.device) -> Numbers:
         """The group's numbers. A tensor lr stays one: a captured step then sees its changes."""
         lr = self.group["lr"]
         if isinstance(lr, Tensor):
-            lr = lr.reshape(()).to(device)
+            # What lies on the host is read there: to bring it to the device would wait for that.
+            is_readable = lr.is_cpu and device.type != "cpu" and not (lr.requires_grad or torch.compiler.is_compiling())
+            lr = lr.item() if is_readable else lr.reshape(()).to(device)
         decay_factor = 1 - lr * self.group["weight_decay"] if self.group["weight_decay"] else None
         scale = None if self.grad_scale is None else self.grad_scale.to(device)
         return Numbers(lr, decay_factor, 1 - self.group["trunk_momentum"], scale)

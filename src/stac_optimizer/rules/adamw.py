@@ -6,7 +6,7 @@ of Adam and Beyond (Reddi et al.), https://openreview.net/forum?id=ryQu7f-RZ.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from typing import ClassVar, NamedTuple
 
@@ -57,24 +57,27 @@ class AdamW(Rule):
             return f"is on {device!r}, which cannot be captured; use capturable=False"
         return None
 
-    def skips_by_itself(self, group: Group) -> bool:
+    def skips_by_itself(self, group: Group, states: Mapping[Tensor, Mapping[str, Tensor]]) -> bool:
+        if not group["fused"] or group["stochastic_rounding"]:
+            return False
         params = _tensors.local_views(group["params"])
-        is_fused = group["fused"] and not group["stochastic_rounding"]
-        return is_fused and not any(param.is_cpu for param in params) and all(map(_tensors.is_dense, params))
+        held = [_tensors.local_views(list(states.get(whole, {}).values())) for whole in group["params"]]
+        return not any(param.is_cpu for param in params) and all(map(_is_walkable, params, held))
 
     def update(self, inputs: StepInputs) -> None:
         """Call torch, on the path that the flags ask for."""
         params, grads = _tensors.local_views(inputs.params), _tensors.local_views(inputs.grads, inputs.params)
         states = [_tensors.local_views(tensors) for tensors in inputs.states]
         work = Work(params, grads, states, inputs.group, inputs.grad_scale, inputs.found_inf)
+        path = self.path(inputs.params, inputs.group)
         if inputs.group["stochastic_rounding"]:
             _rounding_adamw(work, inputs.positions)
-        elif inputs.group["fused"]:
+        elif path == "fused":
             _fused_adamw(work)
-        elif self.path(inputs.params, inputs.group) == "single":
-            _single_tensor_adamw(work)
+        elif path == "foreach" and not params[0].is_cpu:
+            _adamw(work, foreach=inputs.group["foreach"])
         else:
-            _adamw(work, fused=inputs.group["fused"], foreach=inputs.group["foreach"])
+            _adamw_in_blocks(work, foreach=path == "foreach")
 
 
 class Work(NamedTuple):
@@ -92,36 +95,49 @@ class Work(NamedTuple):
         params, grads, *states = [[tensors[i] for i in chosen] for tensors in (self.params, self.grads, *self.states)]
         return self._replace(params=params, grads=grads, states=states)
 
+    def needs_no_copy(self, index: int) -> bool:
+        """Whether gradient and state of a parameter are of its dtype, and the gradient of its layout."""
+        param, grad = self.params[index], self.grads[index]
+        same_dtype = all(tensors[index].dtype == param.dtype for tensors in (self.grads, *self.states[1:]))
+        return same_dtype and _tensors.has_layout_of(grad, param)
+
 
 # Note [Fused AdamW and layouts]
 # torch's fused kernels walk memory, not indices: where the layouts of parameter, gradient and state differ they compute
 # wrong values or write outside the parameter. Gradients are brought to the parameter's layout; a parameter with gaps in
-# memory, such as a slice, takes the single-tensor path.
+# memory, such as a slice, or with state in another layout, takes the single-tensor path.
 def _fused_adamw(work: Work) -> None:
-    dense = list(map(_tensors.is_dense, work.params))
-    some = work.only([index for index, is_dense in enumerate(dense) if is_dense])
-    # torch's kernel writes the unscaled gradients back, so with a scale it gets copies.
-    grads = [
-        _tensors.in_layout_of(param, grad if work.grad_scale is None else grad.clone())
-        for param, grad in zip(some.params, some.grads, strict=True)
-    ]
-    if some.params:
-        _adamw(some._replace(grads=grads), fused=True)
-    rest = work.only([index for index, is_dense in enumerate(dense) if not is_dense])
-    if rest.params:
-        _single_tensor_adamw(rest)
+    walkable = list(map(_is_walkable, work.params, zip(*work.states, strict=True)))
+    # What needs copies goes one by one in blocks. torch's kernel writes the unscaled gradients back, hence the clone.
+    plain = [ok and work.grad_scale is None and work.needs_no_copy(index) for index, ok in enumerate(walkable)]
+    if any(plain):
+        _adamw(work.only([index for index, flag in enumerate(plain) if flag]), fused=True)
+    for index, (ok, is_done) in enumerate(zip(walkable, plain, strict=True)):
+        one = work.only([index])
+        if not ok:
+            _adamw_in_blocks(one, foreach=False)
+        elif not is_done:
+            one = one._replace(grads=list(map(_tensors.in_layout_of, one.params, one.grads)))
+            for block, _ in _blocks(one):
+                _adamw(block._replace(grads=[grad.clone() for grad in block.grads]), fused=True)
 
 
-def _single_tensor_adamw(work: Work) -> None:
-    """Small parameters in one call; large ones block by block, see Note [Units of work]."""
+def _is_walkable(param: Tensor, state: Iterable[Tensor]) -> bool:
+    return _tensors.is_dense(param) and all(not each.ndim or _tensors.has_layout_of(each, param) for each in state)
+
+
+def _adamw_in_blocks(work: Work, *, foreach: bool) -> None:
+    """Small parameters together, as lists in buckets; large ones block by block, see Note [Units of work]."""
     numels = [_block_numel(param) for param in work.params]
-    is_small = [param.numel() <= numel for param, numel in zip(work.params, numels, strict=True)]
-    if any(is_small):
-        _adamw(work.only([index for index, small in enumerate(is_small) if small]), foreach=False)
-    for index, small in enumerate(is_small):
-        if not small:
+    small = [index for index, param in enumerate(work.params) if param.numel() <= numels[index]]
+    sizes = [work.params[index].numel() for index in small]
+    for some in _units.filled(small, sizes, max(numels)) if foreach else [small]:
+        if some:
+            _adamw(work.only(some), foreach=foreach)
+    for index, param in enumerate(work.params):
+        if param.numel() > numels[index]:
             for block, _ in _blocks(work.only([index])):
-                _adamw(block, foreach=False)
+                _adamw(block, foreach=foreach)
 
 
 def _block_numel(param: Tensor) -> int:
@@ -142,19 +158,21 @@ def _blocks(work: Work) -> Iterator[tuple[Work, Piece]]:
 
 def _rounding_adamw(work: Work, positions: Sequence[int]) -> None:
     """In float32, block by block; what is stored is rounded stochastically, each kind of tensor by bits of its own."""
-    for index, position in enumerate(positions):
+    seed, fused = work.group["rounding_seed"], work.group["fused"] or None
+    counts = _rounding.counts(work.states[0]) + 1
+    salts = [_rounding.salts(seed, positions, counts, kind=kind) for kind in range(len(work.states))]
+    for index in range(len(positions)):
         for block, piece in _blocks(work.only([index])):
             (step,), *states = block.states
             stored = [*block.params, *(tensor for (tensor,) in states)]
-            weight, *held = (tensor.float() for tensor in stored)
-            in_float32 = block._replace(
-                params=[weight], grads=[block.grads[0].float()], states=[[step], *([t] for t in held)]
-            )
-            _adamw(in_float32, foreach=False)
-            for kind, (result, tensor) in enumerate(zip((weight, *held), stored, strict=True)):
+            weight = block.params[0].float()
+            held = [_tensors.in_layout_of(weight, tensor.float()) for (tensor,) in states]
+            grads = [_tensors.in_layout_of(weight, grad.float()) for grad in block.grads]
+            in_float32 = block._replace(params=[weight], grads=grads, states=[[step], *([tensor] for tensor in held)])
+            _adamw(in_float32, fused=fused, foreach=None if fused else False)
+            for result, tensor, salt in zip((weight, *held), stored, salts, strict=True):
                 if tensor.dtype == torch.bfloat16:
-                    salt = _rounding.salts(work.group["rounding_seed"], [position], [step], kind=kind)
-                    noise = _rounding.noise_of(piece, Unit([piece], (0,)), salt)
+                    noise = _rounding.noise_of(piece, Unit([piece], (index,)), salt)
                     _rounding.round_into(result, tensor, noise)
                 else:  # of a checkpoint, which keeps its dtype
                     tensor.copy_(result)

@@ -79,7 +79,8 @@ class SignMomentum(Rule):
         return tuple(tensors)
 
     def unfitness(self, param: Tensor, group: Group) -> str | None:
-        if group["trunk_state_dtype"] == "int8" and not _tensors.is_sharded_by_row(param):
+        is_coded = group["trunk_state_dtype"] == "int8" and _codes.can_be_coded(param)
+        if is_coded and not _tensors.is_sharded_by_row(param):
             return "is sharded within rows, and 8-bit state needs whole ones; use trunk_state_dtype=torch.bfloat16"
         return super().unfitness(param, group)
 
@@ -105,18 +106,17 @@ class SignMomentum(Rule):
         is_listed = not (group["trunk_cautious"] or group["stochastic_rounding"])
         return "single" if path == "foreach" and not (is_listed and group["trunk_state_dtype"] != "int8") else path
 
-    def skips_by_itself(self, group: Group) -> bool:
-        return skips_by_itself(group)
+    def skips_by_itself(self, group: Group, states: Mapping[Tensor, Mapping[str, Tensor]]) -> bool:
+        return skips_by_itself(group, states)
 
     def update(self, inputs: StepInputs) -> None:
         steps = inputs.states[0]
         _tensors.count_step_(steps)
         if inputs.found_inf is not None:
-            found_inf = inputs.found_inf.to(steps[0].device)
-            _tensors.foreach_sub_(steps, [found_inf] * len(steps))
+            _tensors.foreach_sub_(steps, [inputs.found_inf.to(step.device) for step in steps])
         work = _work(inputs)
         if inputs.group["stochastic_rounding"]:
-            salt = _rounding.salts(inputs.group["rounding_seed"], inputs.positions, steps)
+            salt = _rounding.salts(inputs.group["rounding_seed"], inputs.positions, _rounding.counts(steps))
             work = work._replace(salt=salt)
         kernel = KERNELS[self.path(inputs.params, inputs.group)]
         for part in _by_state_kind(work):
