@@ -148,11 +148,12 @@ def downcast(result: Tensor, stored: Tensor) -> None:
         stored.copy_(result)
 
 
-def foreach_upcast(tensors: list[Tensor]) -> list[Tensor]:
-    """:func:`upcast` for a list of one dtype."""
-    if tensors[0].dtype not in LOW_PRECISION:
+def foreach_upcast(tensors: list[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+    """:func:`upcast` for a list of one dtype, or the conversion to another."""
+    dtype = dtype or arithmetic_dtype(tensors[0].dtype)
+    if tensors[0].dtype == dtype:
         return tensors
-    results = [torch.empty_like(tensor, dtype=torch.float32) for tensor in tensors]
+    results = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
     torch._foreach_copy_(results, tensors)
     return results
 

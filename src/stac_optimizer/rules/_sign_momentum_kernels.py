@@ -95,8 +95,14 @@ def _average(grad: Tensor, exp_avg: Sequence[Tensor], numbers: Numbers) -> tuple
     """The average in arithmetic precision and the change due to it; without momentum the gradient and None."""
     if not exp_avg:
         return grad, None
-    average = _codes.decode(*exp_avg) if exp_avg[0].dtype == torch.int8 else _tensors.upcast(exp_avg[0])
+    held = exp_avg[0]
+    average = _codes.decode(*exp_avg) if held.dtype == torch.int8 else held.to(_wider(held, grad))
     return average, (grad - average).mul_(numbers.change_factor)
+
+
+def _wider(average: Tensor, grad: Tensor) -> torch.dtype:
+    """What an average is computed in: as the gradient, or as a checkpoint brought it."""
+    return torch.promote_types(average.dtype, grad.dtype)
 
 
 def _mask(average: Tensor, grad: Tensor) -> Tensor:
@@ -135,7 +141,11 @@ def update(
     weight = _tensors.upcast(param)
     if numbers.decay_factor is not None:
         weight.mul_(numbers.decay_factor)
-    direction = torch.sign(average).add_(average, alpha=0)  # Note [Non-finite averages]
+    if change is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        direction = torch.sign(average)
+    else:
+        direction = torch.sign(average, out=change)  # memory that is still in cache
+    direction.add_(average, alpha=0)  # Note [Non-finite averages]
     if mean is not None:
         direction.mul_(_mask(average, grad)).div_(mean)
     if mean is None and not isinstance(numbers.lr, Tensor):
@@ -257,7 +267,7 @@ def _multi_tensor_average(
         grads = list(_tensors.foreach_neg(grads))
     if not exp_avgs:
         return grads
-    averages = _tensors.foreach_upcast(exp_avgs[0])
+    averages = _tensors.foreach_upcast(exp_avgs[0], _wider(exp_avgs[0][0], grads[0]))
     differences = _tensors.foreach_sub(grads, averages)
     _tensors.foreach_mul_(differences, numbers.change_factor)
     _tensors.foreach_add_(averages, differences)
