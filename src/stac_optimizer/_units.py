@@ -73,9 +73,10 @@ def units(tensorlists: Sequence[list[Tensor]], *, pack: bool = True, cut: bool =
         cut: whether tensors of one dense layout are cut into blocks; where not, those in codes are in larger ones.
     """
     is_whole = torch.compiler.is_compiling() or torch.is_grad_enabled()
-    is_mixed = any(len({tensor.dtype for tensor in tensors}) > 1 for tensors in tensorlists)
-    packed: dict[tuple[torch.dtype, ...], list[int]] = {}
-    for index, tensors in enumerate(zip(*tensorlists, strict=True)):
+    packed = _packable(tensorlists) if pack and not is_whole else {}
+    rest = set(range(len(tensorlists[0]))).difference(*packed.values())
+    for index in sorted(rest):
+        tensors = tuple([held[index] for held in tensorlists])
         first = tensors[0]
         if _codes.is_coded(tensors):
             # An update without kernel has half a dozen temporaries here, so its blocks are small on all devices.
@@ -83,8 +84,6 @@ def units(tensorlists: Sequence[list[Tensor]], *, pack: bool = True, cut: bool =
             yield Unit(_CodedPieces(tensors, None if is_whole else numel), (index,))
         elif is_whole:
             yield Unit([_whole(tensors)], (index,))
-        elif pack and first.is_cpu and first.numel() <= PACK_NUMEL and all(map(Tensor.is_contiguous, tensors)):
-            packed.setdefault(tuple([tensor.dtype for tensor in tensors]) if is_mixed else (), []).append(index)
         else:
             yield Unit(blocks(*tensors, numel=block_numel(first) if cut else None), (index,))
     for members in packed.values():
@@ -94,6 +93,27 @@ def units(tensorlists: Sequence[list[Tensor]], *, pack: bool = True, cut: bool =
                 continue
             pieces = _Pack([[tensors[index] for index in some] for tensors in tensorlists])
             yield Unit(pieces, tuple(some), tuple(pieces.sizes))
+
+
+def _packable(tensorlists: Sequence[list[Tensor]]) -> dict[tuple[torch.dtype, ...], list[int]]:
+    """Positions of small parameters that can share units, by dtypes; list by list, for there may be thousands."""
+    fits = [
+        small and all(contiguous)
+        for small, *contiguous in zip(
+            [param.numel() <= PACK_NUMEL and param.is_cpu for param in tensorlists[0]],
+            *(map(Tensor.is_contiguous, tensors) for tensors in tensorlists),
+            strict=True,
+        )
+    ]
+    if _codes.is_coded([tensors[0] for tensors in tensorlists if tensors]):
+        return {}
+    positions = [index for index, fit in enumerate(fits) if fit]
+    if all(len({tensor.dtype for tensor in tensors}) == 1 for tensors in tensorlists):
+        return {(): positions}
+    packed: dict[tuple[torch.dtype, ...], list[int]] = {}
+    for index in positions:
+        packed.setdefault(tuple([tensors[index].dtype for tensors in tensorlists]), []).append(index)
+    return packed
 
 
 def buckets(tensorlists: Sequence[list[Tensor]]) -> Iterator[list[list[Tensor]]]:
