@@ -97,6 +97,8 @@ def units(tensorlists: Sequence[list[Tensor]], *, pack: bool = True, cut: bool =
 
 def _packable(tensorlists: Sequence[list[Tensor]]) -> dict[tuple[torch.dtype, ...], list[int]]:
     """Positions of small parameters that can share units, by dtypes; list by list, for there may be thousands."""
+    if _codes.is_coded([tensors[0] for tensors in tensorlists if tensors]):
+        return {}
     fits = [
         small and all(contiguous)
         for small, *contiguous in zip(
@@ -105,8 +107,6 @@ def _packable(tensorlists: Sequence[list[Tensor]]) -> dict[tuple[torch.dtype, ..
             strict=True,
         )
     ]
-    if _codes.is_coded([tensors[0] for tensors in tensorlists if tensors]):
-        return {}
     positions = [index for index, fit in enumerate(fits) if fit]
     if all(len({tensor.dtype for tensor in tensors}) == 1 for tensors in tensorlists):
         return {(): positions}

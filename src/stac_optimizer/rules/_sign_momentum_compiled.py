@@ -172,7 +172,6 @@ class _Bound:
 
     def __init__(self, compiled: Compiled, work: Work) -> None:
         self.compiled = compiled
-        self.work = work
         dtype = _tensors.arithmetic_dtype(work.tensorlists[0][0].dtype)
         given: Sequence[Any] = work.numbers(CPU)
         self.numbers = Numbers._make(None if n is None else torch.as_tensor(n, dtype=dtype, device=CPU) for n in given)

@@ -42,8 +42,8 @@ def fused(work: Work) -> None:
     for indices in _tensors.indices_by_device_and_dtype(work.tensorlists):
         some = work.only(indices)
         param, _, *state = (tensors[0] for tensors in some.tensorlists)
-        if any(tensor.dtype == WIDEST != param.dtype for tensor in state):
-            single_tensor(some)  # averages of a checkpoint, wider than the kernels' arithmetic
+        if _is_wider(state, param):
+            single_tensor(some)
         elif param.is_cpu:
             compiled(some)
         else:
@@ -97,8 +97,12 @@ def fits_triton(param: Tensor, state: Sequence[Tensor], whole: Tensor, group: Gr
     if state and state[0].dtype == torch.int8:
         return _codes.has_whole_blocks([param, *state])
     is_alike = all(_tensors.has_layout_of(average, param) for average in state[:1])
-    is_wider = any(average.dtype == WIDEST != param.dtype for average in state[:1])
-    return _tensors.is_dense(param) and is_alike and not is_wider
+    return _tensors.is_dense(param) and is_alike and not _is_wider(state, param)
+
+
+def _is_wider(state: Sequence[Tensor], param: Tensor) -> bool:
+    """Whether an average, which a checkpoint brought, is wider than the arithmetic of the kernels."""
+    return any(average.dtype == WIDEST != param.dtype for average in state[:1])
 
 
 def skips_by_itself(group: Group, states: Mapping[Tensor, Mapping[str, Tensor]]) -> bool:

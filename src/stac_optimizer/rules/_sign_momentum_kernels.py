@@ -22,7 +22,20 @@ from stac_optimizer import _codes, _rounding, _tensors
 from stac_optimizer._units import Piece, Unit, buckets, units
 from stac_optimizer.rules._rule import Group
 
-__all__ = ["LEAST_AGREEMENT", "Kernels", "Numbers", "Work", "can_pack", "multi_tensor", "single_tensor", "step_unit"]
+__all__ = [
+    "LEAST_AGREEMENT",
+    "Kernels",
+    "Numbers",
+    "Work",
+    "can_pack",
+    "count_agreeing",
+    "multi_tensor",
+    "next_mask",
+    "single_tensor",
+    "step_unit",
+    "update",
+    "update_piece",
+]
 
 # Liang et al. divide the masked step by the mean of the mask, floored by this.
 LEAST_AGREEMENT = 1e-3
