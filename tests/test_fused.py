@@ -104,17 +104,22 @@ def assert_same_runs(one: STAC, other: STAC) -> None:
         assert_same_bits(states[0], states[1])
 
 
-def test_kernel_that_cannot_run_leaves_its_work_to_the_default_path(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("is_cautious", "at_once"), [(True, 1), (False, 3)])
+def test_kernel_that_cannot_run_leaves_its_work_to_the_default_path(
+    monkeypatch: pytest.MonkeyPatch, is_cautious: bool, at_once: int
+) -> None:
     """As when dynamo finds, in mid-run, that it has compiled too often."""
 
     def broken(*_: Any) -> None:
         raise RuntimeError("recompile limit reached\nand more")
 
-    kernels = _sign_momentum_compiled.Compiled(broken, broken)
+    idle = _sign_momentum_compiled.Run([torch.zeros(2)] * 3, None, None)
+    kernels = _sign_momentum_compiled.Compiled(broken, broken, [idle] * at_once)
     monkeypatch.setattr(_sign_momentum_compiled, "_compiled", lambda variant: kernels)
     runs = [weights(torch.float32), weights(torch.float32)]
     default, fused = (
-        trunk_of(params, fused=flag, trunk_cautious=True) for params, flag in zip(runs, (None, True), strict=True)
+        trunk_of(params, fused=flag, trunk_cautious=is_cautious)
+        for params, flag in zip(runs, (None, True), strict=True)
     )
     for seed in range(2):
         for params in runs:
@@ -159,6 +164,30 @@ def test_compiled_trunk_agrees_by_bits_and_is_compiled_once(
     with torch._dynamo.config.patch(error_on_recompile=True):
         compare(3, lr=torch.tensor([0.02]), **changes)
     assert compilations() == before + kernels
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 8, 21])
+def test_calls_take_any_number_of_weights_that_may_lie_in_one_buffer(count: int) -> None:
+    """As flat buffers hold them, some of one size and some not; nothing is compiled again for it."""
+    sizes = [PACK + 60 + index % 5 for index in range(count)]
+
+    def run(**arguments: Any) -> tuple[Tensor, STAC]:
+        flat = torch.linspace(-1, 1, sum(sizes))
+        held = {f"layer.{index}": nn.Parameter(part) for index, part in enumerate(flat.split(sizes))}
+        optimizer = trunk_of(held, **arguments)
+        for seed in range(3):
+            give_gradients(held, seed)
+            optimizer.step()
+        return flat, optimizer
+
+    _, first = run(fused=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        flat, fused = run(fused=True)
+    default_flat, default = run()
+    assert_same_runs(fused, default)
+    assert_same_runs(fused, first)
+    assert_same_bits(without_payload(flat), without_payload(default_flat))
 
 
 @pytest.mark.slow

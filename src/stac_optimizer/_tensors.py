@@ -77,6 +77,8 @@ def is_foreach_faster(tensors: Sequence[Tensor], *, differentiable: bool) -> boo
 
 def indices_by_device_and_dtype(tensorlists: Sequence[Sequence[Tensor]]) -> list[list[int]]:
     """Group positions whose tensors, list for list, share device and dtype: what one foreach call can take."""
+    if all(len({(tensor.device, tensor.dtype) for tensor in tensors}) == 1 for tensors in tensorlists):
+        return [list(range(len(tensorlists[0])))]
     groups: dict[tuple[object, ...], list[int]] = {}
     for index, tensors in enumerate(zip(*tensorlists, strict=True)):
         key = tuple((tensor.device, tensor.dtype) for tensor in tensors)
@@ -237,7 +239,11 @@ def unscaled(grads: list[Tensor], grad_scale: Tensor | None) -> list[Tensor]:
 
 def has_layout_of(tensor: Tensor, other: Tensor) -> bool:
     """Whether both fill their memory without gaps, element for element in the same order."""
-    return tensor.shape == other.shape and tensor.stride() == other.stride() and is_dense(other)
+    if tensor.shape != other.shape:
+        return False
+    if tensor.is_contiguous() and other.is_contiguous():
+        return True
+    return tensor.stride() == other.stride() and is_dense(other)
 
 
 def in_layout_of(param: Tensor, grad: Tensor) -> Tensor:

@@ -34,6 +34,8 @@ __all__ = ["compiled"]
 
 # Enough for inductor to see that threads pay.
 PROBE_NUMEL = 128 * 1024
+# More save little, and take long to compile: 16 loops 22 s, 8 loops 14 s, one 11 s without a cache.
+AT_ONCE = 8
 CPU = torch.device("cpu")
 
 
@@ -63,6 +65,15 @@ class Variant(NamedTuple):
         """Whether averages are held in codes."""
         return torch.int8 in self.dtypes
 
+    @property
+    def at_once(self) -> int:
+        """How many pieces one call takes.
+
+        A call costs 0.1 ms of Python, as much as 0.2 million weights take. Where arithmetic is the limit that does not
+        matter, and a mask needs its mean first, which waits for other ranks.
+        """
+        return 1 if self.is_coded or self.masked or self.rounds else AT_ONCE
+
 
 def compiled(work: Work) -> None:
     """Update parameters of one dtype; what is small, in mixed layouts, or cannot be compiled, as by default."""
@@ -74,6 +85,7 @@ def compiled(work: Work) -> None:
     bound = _Bound(found, work)
     for unit in units(work.tensorlists, pack=can_pack(work), cut=False):
         step_unit(work, unit, Kernels(bound.count_agreeing, bound.update_piece))
+    bound.flush()
 
 
 def _variant(work: Work) -> Variant:
@@ -88,11 +100,32 @@ def _variant(work: Work) -> Variant:
     )
 
 
+class Run(NamedTuple):
+    """What a kernel does in one loop: tensors whose elements follow one another, and what belongs to these alone.
+
+    Args:
+        tensors: weight, gradient; with momentum the average, as codes also the scales.
+        mean: of the mask, or None.
+        salt: for stochastic rounding, or None.
+    """
+
+    tensors: list[Tensor]
+    mean: Tensor | None
+    salt: Tensor | None
+
+
 class Compiled(NamedTuple):
-    """The kernels of one variant."""
+    """The kernels of one variant.
+
+    Args:
+        count: counts where the mask of one run lets pass.
+        update: updates runs, as many as the variant takes at once.
+        idle: runs to fill up with.
+    """
 
     count: Callable[..., Any]
     update: Callable[..., Any]
+    idle: list[Run]
 
 
 @functools.cache
@@ -106,20 +139,23 @@ def _compiled(variant: Variant) -> Compiled | None:
         _, grad, *exp_avg = _blocks(tensors, variant)
         return next_mask(grad, exp_avg, numbers, maximize=variant.maximize).count_nonzero()
 
-    def step(tensors: Sequence[Tensor], numbers: Numbers, mean: Tensor | None, salt: Tensor | None) -> bool:
+    def step(runs: Sequence[Run], numbers: Numbers) -> bool:
         if not torch.compiler.is_compiling():
             return False
-        tensors = _blocks(tensors, variant)
-        noise = None if salt is None else _rounding.noise_of_run(tensors[0], salt)
-        update(tensors, numbers, maximize=variant.maximize, mean=mean, noise=noise)
+        for tensors, mean, salt in runs:
+            parts = _blocks(tensors, variant)
+            noise = None if salt is None else _rounding.noise_of_run(parts[0], salt)
+            update(parts, numbers, maximize=variant.maximize, mean=mean, noise=noise)
         return True
 
-    tensors, numbers, mean, salt = _probe(variant)
+    numbers = _probe_numbers(variant)
+    probes = [_probe(variant, PROBE_NUMEL + index * _codes.BLOCK) for index in range(variant.at_once)]
     try:
-        made = Compiled(_compile(count), _compile(step))
-        has_run = made.update(tensors, numbers, mean, salt)
+        idle = [_probe(variant, 2 * _codes.BLOCK) for _ in probes]
+        made = Compiled(_compile(count), _compile(step), idle)
+        has_run = made.update(probes, numbers)
         if variant.masked:
-            made.count(tensors, numbers)
+            made.count(probes[0].tensors, numbers)
     except Exception as error:  # a missing or broken compiler shows in many ways
         _warn_of(error)
         return None
@@ -153,28 +189,36 @@ def _blocks(tensors: Sequence[Tensor], variant: Variant) -> Sequence[Tensor]:
     return tensors if is_expected else ()
 
 
-def _probe(variant: Variant) -> tuple[list[Tensor], Numbers, Tensor | None, Tensor | None]:
-    """Arguments for a first call, which compiles and touches nothing of the user's."""
-    shape = (PROBE_NUMEL // _codes.BLOCK, _codes.BLOCK) if variant.is_coded else (PROBE_NUMEL,)
+def _probe(variant: Variant, numel: int) -> Run:
+    """A run of zeros. Of some runs for one call no two have the same size, or the kernel would ask for that."""
+    shape = (numel // _codes.BLOCK, _codes.BLOCK) if variant.is_coded else (numel,)
     tensors = [torch.zeros(shape, dtype=each, device=CPU) for each in variant.dtypes]
     if variant.is_coded:
         tensors[-1] = torch.zeros((shape[0], 1), dtype=torch.float32, device=CPU)
+    mean = torch.ones((), dtype=_tensors.arithmetic_dtype(variant.dtypes[0]), device=CPU)
+    salt = torch.zeros((), dtype=torch.int32, device=CPU)
+    return Run(tensors, mean if variant.masked else None, salt if variant.rounds else None)
+
+
+def _probe_numbers(variant: Variant) -> Numbers:
+    """Each number a tensor of its own: the kernel would be made for those that are one."""
     dtype = _tensors.arithmetic_dtype(variant.dtypes[0])
-    # Each number a tensor of its own: the kernel would be made for those that are one.
-    lr, decay_factor, change_factor, scale, mean = (torch.ones((), dtype=dtype, device=CPU) for _ in range(5))
-    numbers = Numbers(lr, decay_factor if variant.decays else None, change_factor, scale if variant.is_scaled else None)
-    salt = torch.zeros((), dtype=torch.int32, device=CPU) if variant.rounds else None
-    return tensors, numbers, mean if variant.masked else None, salt
+    lr, decay_factor, change_factor, scale = (torch.ones((), dtype=dtype, device=CPU) for _ in range(4))
+    return Numbers(lr, decay_factor if variant.decays else None, change_factor, scale if variant.is_scaled else None)
 
 
 class _Bound:
-    """The kernels of :mod:`._sign_momentum_kernels` for some work: compiled ones for what they fit, else those."""
+    """The kernels of :mod:`._sign_momentum_kernels` for some work: compiled ones for what they fit, else those.
+
+    Updates wait until there are as many as the variant takes at once.
+    """
 
     def __init__(self, compiled: Compiled, work: Work) -> None:
         self.compiled = compiled
         dtype = _tensors.arithmetic_dtype(work.tensorlists[0][0].dtype)
         given: Sequence[Any] = work.numbers(CPU)
         self.numbers = Numbers._make(None if n is None else torch.as_tensor(n, dtype=dtype, device=CPU) for n in given)
+        self.waiting: list[tuple[Run, Callable[[], None]]] = []
 
     def count_agreeing(self, piece: Piece, unit: Unit, numbers: Numbers, *, maximize: bool) -> Tensor:
         """As :func:`._sign_momentum_kernels.count_agreeing`."""
@@ -186,10 +230,23 @@ class _Bound:
         self, piece: Piece, unit: Unit, numbers: Numbers, *, maximize: bool, mean: Tensor | None, salt: Tensor | None
     ) -> None:
         """As :func:`._sign_momentum_kernels.update_piece`."""
+        eager = functools.partial(update_piece, piece, unit, numbers, maximize=maximize, mean=mean, salt=salt)
         tensors = None if unit.sizes else _as_run(piece)
+        if tensors is None:
+            eager()
+            return
         own_salt = None if salt is None else _rounding.salt_from(piece.offset, salt[unit.members[0]])
-        if tensors is None or not _result(self.compiled.update, tensors, self.numbers, mean, own_salt):
-            update_piece(piece, unit, numbers, maximize=maximize, mean=mean, salt=salt)
+        self.waiting.append((Run(tensors, mean, own_salt), eager))
+        if len(self.waiting) == len(self.compiled.idle):
+            self.flush()
+
+    def flush(self) -> None:
+        """Run the updates that wait."""
+        runs = [run for run, _ in self.waiting]
+        if runs and not _result(self.compiled.update, [*runs, *self.compiled.idle[len(runs) :]], self.numbers):
+            for _, eager in self.waiting:
+                eager()
+        self.waiting.clear()
 
 
 def _result(kernel: Callable[..., Any], *arguments: Any) -> Any:
@@ -209,7 +266,8 @@ def _as_run(piece: Piece) -> list[Tensor] | None:
     """
     if not all(map(Tensor.is_contiguous, piece.tensors)) or piece.tensors[-1].numel() < 2:
         return None
-    tensors = [tensor.detach() for tensor in piece.tensors]  # a kernel is made for tensors that require grad, or do not
+    # A kernel is made for tensors that require grad, or do not.
+    tensors = [tensor.detach() if tensor.requires_grad else tensor for tensor in piece.tensors]
     if not _codes.is_coded(tensors):
         return tensors if piece.strides == (1,) else None
     *dense, scale = tensors
