@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import sys
 import tempfile
 import time
@@ -72,7 +73,7 @@ def _collect(receivers: list[Connection], timeout: float) -> list[tuple[Any, str
             assert isinstance(ready, Connection)
             rank = pending.pop(id(ready))
             try:
-                outcomes[rank] = ready.recv()
+                outcomes[rank] = pickle.loads(ready.recv_bytes())
             except EOFError:
                 outcomes[rank] = (None, "died without a word")
     return outcomes
@@ -93,7 +94,8 @@ def _work(function: Callable[..., Any], arguments: tuple[Any, ...], group: dict[
         dist.barrier()
     except BaseException:
         outcome = (None, traceback.format_exc())
-    sender.send(outcome)
+    # By value: a connection's own pickling would share the memory of tensors with a process that ends now.
+    sender.send_bytes(pickle.dumps(outcome))
     sender.close()
     sys.stdout.flush()
     sys.stderr.flush()
