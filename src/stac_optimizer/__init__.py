@@ -5,9 +5,11 @@ from importlib.metadata import PackageNotFoundError, version
 from stac_optimizer.partition import STACLayer, STACPartition, partition_trainable_layers
 from stac_optimizer.selectors import embeddings, last_layers, named, norms, of_type, where
 from stac_optimizer.stac import STAC
+from stac_optimizer.vote import MajorityVote
 
 __all__ = [
     "STAC",
+    "MajorityVote",
     "STACLayer",
     "STACPartition",
     "__version__",

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from stac_optimizer._groups import name_of, named_parameters
-from stac_optimizer._tensors import are_finite, are_zero
+from stac_optimizer._tensors import are_finite, are_zero, is_sharded, local_views
 from stac_optimizer.rules import RULES, Group
+from stac_optimizer.vote import Voters
 
-__all__ = ["check_capture", "check_finite", "check_gradients", "only_make_state"]
+__all__ = ["agree", "check_capture", "check_finite", "check_gradients", "only_make_state"]
 
 
 def check_capture(groups: Sequence[Group]) -> None:
@@ -55,14 +56,55 @@ def check_finite(groups: Sequence[Group]) -> None:
     held = [
         (name, group["stac_role"], param.grad)
         for name, param, group in named_parameters(groups)
-        if group["error_if_nonfinite"] and param.grad is not None
+        if (group["error_if_nonfinite"] or group["trunk_vote"]) and param.grad is not None
     ]
     if not are_finite([grad for _, _, grad in held]):
         name, role = next((name, role) for name, role, grad in held if not are_finite([grad]))
         raise RuntimeError(
             f"the gradient of {name!r} ({role}) holds NaN or infinity. Nothing was changed; skip this batch, lower "
-            "the lr or clip gradients, or pass error_if_nonfinite=False to let the weight become NaN"
+            "the lr or clip gradients, or (without vote) pass error_if_nonfinite=False to let the weight become NaN"
         )
+
+
+def agree(voters: Voters, groups: Sequence[Group], *, has_state: bool) -> bool:
+    """Check gradients on all ranks, and bring them where the rules of each rank find the same ones; a collective.
+
+    Gradients that only some ranks have become zeros on the others, and those of the cap the mean over ranks.
+
+    Args:
+        voters: the ranks.
+        groups: the optimizer's.
+        has_state: whether this is not a first step.
+
+    Returns:
+        What :func:`only_make_state` finds, of all ranks.
+
+    Raises:
+        RuntimeError: on every rank, what is wrong on any.
+    """
+    voters.refuse_join()
+    error: RuntimeError | None = None
+    makes_state = False
+    try:
+        check_gradients(groups, groups, rest_may_have_changed=False)
+        check_finite(groups)
+        makes_state = not has_state and only_make_state(groups)
+    except RuntimeError as raised:
+        error = raised
+    params = [param for group in groups for param in group["params"]]
+    flags = [error is not None, not makes_state, *(param.grad is not None for param in params)]
+    has_failed, moves, *has_gradient = voters.on_any(flags, local_views(params[:1])[0].device)
+    if has_failed:
+        messages = enumerate(voters.gather(None if error is None else str(error)))
+        found = "; ".join(f"rank {rank}: {message}" for rank, message in messages if message is not None)
+        raise RuntimeError(f"no rank can step: {found}") from error
+    for param, is_wanted in zip(params, has_gradient, strict=True):
+        if is_wanted and param.grad is None:
+            param.grad = torch.zeros_like(param)
+    if moves:
+        cap = [param for group in groups if group["stac_role"] == "cap" for param in group["params"]]
+        voters.average_cap_([param.grad for param in cap if param.grad is not None and not is_sharded(param)])
+    return not moves
 
 
 def only_make_state(groups: Sequence[Group]) -> bool:

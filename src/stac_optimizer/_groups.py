@@ -24,6 +24,7 @@ __all__ = [
     "TORCH_KEYS",
     "build_groups",
     "check_fitness",
+    "check_vote",
     "checked",
     "name_of",
     "named_parameters",
@@ -43,6 +44,10 @@ EXCLUSIVE_FLAGS = (
     ("fused", "differentiable"),
     ("foreach", "differentiable"),
     ("stochastic_rounding", "differentiable"),
+    # The host waits for the votes of others, and masks and recorded steps know of one rank's gradients alone.
+    ("trunk_vote", "trunk_cautious"),
+    ("trunk_vote", "differentiable"),
+    ("trunk_vote", "capturable"),
 )
 STRUCTURE_KEYS = frozenset({"params", "param_names", "stac_role", "rule", "layer_names", "layer_types"})
 
@@ -62,7 +67,7 @@ def checked(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
     result = {name: known[name].check(where + name, value) for name, value in values.items() if name in known}
     for one, other in EXCLUSIVE_FLAGS:
         if result[one] and result[other]:
-            raise ValueError(f"{where}{one} and {other} exclude each other, got True for both")
+            raise ValueError(f"{where}{one} and {other} exclude each other, got {result[one]!r} and {result[other]!r}")
     if isinstance(result["lr"], Tensor) and result["foreach"] and not result["capturable"]:
         raise ValueError(f"{where}lr as a tensor with foreach=True needs capturable=True, as in torch.optim.AdamW")
     return result
@@ -270,6 +275,16 @@ def check_fitness(groups: Iterable[Group]) -> None:
         reason = RULES[group["rule"]].unfitness(param, group)
         if reason is not None:
             raise ValueError(f"{name!r} ({group['stac_role']}) {reason}")
+
+
+def check_vote(groups: Iterable[Group], encoding: str | None) -> None:
+    """Refuse groups whose ranks are to vote otherwise than the optimizer's."""
+    for index, group in enumerate(groups):
+        if group["trunk_vote"] != encoding:
+            raise ValueError(
+                f"group {index}: trunk_vote is {group['trunk_vote']!r}, which vote=MajorityVote(...) alone can set; it "
+                f"is {encoding!r}"
+            )
 
 
 def named_parameters(groups: Iterable[Group]) -> Iterator[tuple[str, Tensor, Group]]:

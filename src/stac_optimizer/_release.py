@@ -192,10 +192,11 @@ def _refuse_ranks() -> None:
 def _refuse_group(group: Group) -> None:
     for flag, reason in (
         ("differentiable", "a recorded step must not change weights that the backward under way still needs"),
+        ("trunk_vote", "ranks vote in step, on all averages together"),
         ("error_if_nonfinite", "it promises that nothing changes where any gradient is bad, and earlier ones are gone"),
     ):
         if group[flag]:
             raise RuntimeError(
-                f"release_gradients does not work with {flag}=True ({group['stac_role']}): {reason}. Pass "
-                f"{flag}=False, or {ORDINARY_LOOP}"
+                f"release_gradients does not work with {flag}={group[flag]!r} ({group['stac_role']}): {reason}. Do "
+                f"without, or {ORDINARY_LOOP}"
             )

@@ -8,6 +8,7 @@ Why each private name is used:
   on lists of devices and tensor types that grow with its releases.
 - ``_get_capturable_supported_devices``, ``_get_fused_kernels_supported_devices``: the device lists that torch's AdamW
   asserts in the middle of its update; here they are asked before anything has changed.
+- ``DistributedDataParallel._join_config``: whether ranks may end before others, in the context of its ``join``.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ __all__ = [
     "indices_by_device_and_dtype",
     "is_dense",
     "is_foreach_faster",
+    "is_joining",
     "is_sharded",
     "is_sharded_by_row",
     "local_views",
@@ -192,6 +194,11 @@ def _local(tensor: Any, like: Any) -> Tensor:
 def is_sharded(tensor: Tensor) -> bool:
     """Whether the tensor is a DTensor."""
     return hasattr(tensor, "to_local")
+
+
+def is_joining(ddp: torch.nn.parallel.DistributedDataParallel) -> bool:
+    """Whether this is within the context of its ``join``."""
+    return bool(ddp._join_config.enable)
 
 
 def zeros_by_row(param: Tensor, rows: int, columns: int) -> Tensor:

@@ -95,7 +95,7 @@ def _checked_group(saved: dict[str, Any], present: Group, where: str) -> dict[st
     if unknown:
         raise ValueError(f"{where}unknown key {unknown[0]!r}")
     structure = {key: present[key] for key in STRUCTURE_KEYS if key in present and key != "params"}
-    merged = {**present, **saved, **structure}
+    merged = {**present, **saved, **structure, "trunk_vote": present["trunk_vote"]}  # the ranks' of now, not of then
     # A schedule that ends at zero may end a rounding below it.
     slightly_negative = isinstance(merged["lr"], float) and -LR_ROUNDING < merged["lr"] < 0
     values = checked({**merged, "lr": 0.0} if slightly_negative else merged, where)

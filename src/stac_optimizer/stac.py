@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stac_optimizer import checkpoint
-from stac_optimizer._gradients import check_capture, check_finite, check_gradients, only_make_state
-from stac_optimizer._groups import build_groups, check_fitness, checked, named_parameters, partition_of
+from stac_optimizer._gradients import agree, check_capture, check_finite, check_gradients, only_make_state
+from stac_optimizer._groups import build_groups, check_fitness, check_vote, checked, named_parameters, partition_of
 from stac_optimizer._release import GradientRelease
 from stac_optimizer._validation import mapping, warn
 from stac_optimizer.partition import STACPartition
 from stac_optimizer.rules import RULES, Group, StepInputs, hyperparameters
 from stac_optimizer.selectors import Selector
+from stac_optimizer.vote import MajorityVote, Voters
 
 __all__ = ["STAC"]
 
@@ -81,6 +82,9 @@ class STAC(Optimizer):
             right: a step below half the spacing of values then moves the weight in expectation. All weights of the
             group must be bfloat16. The cap is computed in float32.
         rounding_seed: of that chance, an integer, 0 or more. The same on every rank, or replicas drift apart.
+        vote: a :class:`stac_optimizer.MajorityVote`: ranks vote on the trunk's steps instead of averaging its
+            gradients. Excludes ``trunk_cautious``, ``capturable`` and ``differentiable``; ``foreach`` and ``fused``
+            then say how the cap is updated.
 
     =========  ==================  =======  ===========  ===========================================
     role       key                 shape    dtype        present
@@ -128,6 +132,7 @@ class STAC(Optimizer):
 
     _accepts_groups = False
     _release: GradientRelease | None = None
+    _voters: Voters | None = None
 
     def __init__(
         self,
@@ -155,7 +160,10 @@ class STAC(Optimizer):
         trunk_state_dtype: torch.dtype | str | None = None,
         stochastic_rounding: bool = False,
         rounding_seed: int = 0,
+        vote: MajorityVote | None = None,
     ) -> None:
+        if vote is not None and not isinstance(vote, MajorityVote):
+            raise TypeError(f"vote must be a MajorityVote or None, got {type(vote).__name__}")
         shared = {
             "lr": lr,
             "trunk_momentum": trunk_momentum,
@@ -173,6 +181,7 @@ class STAC(Optimizer):
             "trunk_state_dtype": trunk_state_dtype,
             "stochastic_rounding": stochastic_rounding,
             "rounding_seed": rounding_seed,
+            "trunk_vote": None if vote is None else vote.encoding,
         }
         defaults = checked({name: known.default for name, known in hyperparameters().items()} | shared)
         own = {
@@ -184,6 +193,10 @@ class STAC(Optimizer):
         super().__init__(groups, defaults)
         del self._accepts_groups
         check_fitness(self.param_groups)
+        check_vote(self.param_groups, defaults["trunk_vote"])
+        if vote is not None:
+            self._voters = Voters.of(vote, params)
+            self._voters.hook(self.partition.trunk_parameters)
         for group in self.param_groups:
             names = [name for name, _, _ in named_parameters([group])]
             advice = RULES[group["rule"]].advice(names, group["params"], group)
@@ -231,10 +244,31 @@ class STAC(Optimizer):
         return GradientRelease(self, model)
 
     # Found by torch.amp.GradScaler, which then leaves gradients scaled and sets grad_scale and found_inf for the step.
-    # While gradients are released, a step that has these can say why it refuses them.
+    # While gradients are released, or ranks vote, a step that has these can say why it refuses them.
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        return self._release is not None or all(group["fused"] for group in self.param_groups)
+        refuses = self._release is not None or self._voters is not None
+        return refuses or all(group["fused"] for group in self.param_groups)
+
+    def __getstate__(self) -> dict[str, Any]:
+        held: dict[str, Any] = super().__getstate__()
+        return held if self._voters is None else {**held, "_voters": self._voters}
+
+    def average_trunk_state(self) -> None:
+        """Replace the averages that each rank keeps for its votes by their mean; all ranks must call it.
+
+        The mean is that of the averaged gradients. All ranks have the same state afterwards, which the checkpoint of
+        any of them holds, and with which any number of ranks may go on.
+
+        Raises:
+            RuntimeError: no ranks vote.
+        """
+        if self._voters is None:
+            raise RuntimeError(
+                "average_trunk_state is for optimizers with a vote; others have the same state everywhere"
+            )
+        for group in self.param_groups:
+            RULES[group["rule"]].average_state(group["params"], self.state, self._voters)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: the split comes from the model, so a new one is made from it.
@@ -292,6 +326,11 @@ class STAC(Optimizer):
         check_capture(groups)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         is_scaled = found_inf is not None
+        if is_scaled and self._voters is not None:
+            raise RuntimeError(
+                "a GradScaler's scale follows the gradients of its own rank, and so would part ranks that vote; train "
+                "in bfloat16 without a scaler (or with enabled=False)"
+            )
         if found_inf is not None:
             if all(RULES[group["rule"]].skips_by_itself(group, self.state) for group in groups):
                 found_inf = (found_inf != 0).to(torch.float32)  # as a sum over devices it may be more than 1
@@ -299,10 +338,13 @@ class STAC(Optimizer):
                 return
             else:
                 found_inf = None
-        check_gradients(groups, self.param_groups, rest_may_have_changed=self._release is not None)
-        if not is_scaled and any(group["error_if_nonfinite"] for group in groups):
-            check_finite(groups)
-        only_makes_state = position is None and not self.state and only_make_state(groups)
+        if self._voters is not None:
+            only_makes_state = agree(self._voters, groups, has_state=bool(self.state))
+        else:
+            check_gradients(groups, self.param_groups, rest_may_have_changed=self._release is not None)
+            if not is_scaled and any(group["error_if_nonfinite"] for group in groups):
+                check_finite(groups)
+            only_makes_state = position is None and not self.state and only_make_state(groups)
         start = position or 0
         gathered = []
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
@@ -314,7 +356,9 @@ class STAC(Optimizer):
             self._init_group(group, start, positions, params, grads, *states)
             start += len(group["params"])
             if params:
-                gathered.append(StepInputs(group, params, grads, states, grad_scale, positions, found_inf))
+                gathered.append(
+                    StepInputs(group, params, grads, states, grad_scale, positions, found_inf, self._voters)
+                )
         for inputs in gathered:
             if not only_makes_state:
                 with torch.set_grad_enabled(inputs.group["differentiable"]):

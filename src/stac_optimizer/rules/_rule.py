@@ -17,6 +17,7 @@ from torch import Tensor
 
 from stac_optimizer import _codes, _tensors
 from stac_optimizer._validation import Checker, boolean, count, learning_rate, non_negative, optional_boolean
+from stac_optimizer.vote import Voters
 
 __all__ = ["COMMON_HYPERPARAMETERS", "Group", "Hyperparameter", "Rule", "StateTensor", "StepInputs"]
 
@@ -109,6 +110,7 @@ class StepInputs(NamedTuple):
         grad_scale: what a GradScaler left the gradients multiplied by.
         positions: for each parameter its place among all of the optimizer.
         found_inf: not 0 where a GradScaler found NaN or infinity, for rules that skip such a step by themselves.
+        voters: the ranks that vote on the step of a group with ``trunk_vote``.
     """
 
     group: Group
@@ -118,6 +120,7 @@ class StepInputs(NamedTuple):
     grad_scale: Tensor | None = None
     positions: Sequence[int] = ()
     found_inf: Tensor | None = None
+    voters: Voters | None = None
 
 
 class Rule(ABC):
@@ -163,6 +166,11 @@ class Rule(ABC):
     def skips_by_itself(self, group: Group, states: Mapping[Tensor, Mapping[str, Tensor]]) -> bool:
         """Whether :meth:`update` itself reads ``found_inf`` on the device, so that the host need not wait for it."""
         return False
+
+    def average_state(  # noqa: B027 - most rules have nothing to do
+        self, params: Sequence[Tensor], states: Mapping[Tensor, Mapping[str, Tensor]], voters: Voters
+    ) -> None:
+        """Make state that differs by rank under a vote the mean over ranks; a collective."""
 
     def advice(self, names: Sequence[str], params: Sequence[Tensor], group: Group) -> str | None:
         """What the user should be warned of at construction, or None."""

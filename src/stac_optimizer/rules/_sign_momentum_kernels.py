@@ -27,8 +27,10 @@ __all__ = [
     "Kernels",
     "Numbers",
     "Work",
+    "accumulate",
     "can_pack",
     "count_agreeing",
+    "move",
     "multi_tensor",
     "next_mask",
     "single_tensor",
@@ -146,22 +148,47 @@ def update(
         noise: 16 random bits for each weight, to round by; None to round to nearest.
     """
     param, grad, *exp_avg = tensors
+    grad, average, scratch = accumulate(grad, exp_avg, numbers, maximize=maximize)
+    if scratch is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        direction = torch.sign(average)
+    else:
+        direction = torch.sign(average, out=scratch)  # memory that is still in cache
+    direction.add_(average, alpha=0)  # Note [Non-finite averages]
+    if mean is not None:
+        direction.mul_(_mask(average, grad)).div_(mean)
+    move(param, direction, numbers, is_unit=mean is None, noise=noise)
+
+
+def accumulate(
+    grad: Tensor, exp_avg: Sequence[Tensor], numbers: Numbers, *, maximize: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Take a gradient into the average.
+
+    Returns:
+        The gradient to descend along, the average before it is rounded to be stored, and a tensor that is free now.
+    """
     grad = _prepared(grad, numbers, maximize=maximize)
     average, change = _average(grad, exp_avg, numbers)
     if change is not None:
         average.add_(change)
         _store(average, exp_avg)
+    return grad, average, change
+
+
+def move(param: Tensor, direction: Tensor, numbers: Numbers, *, is_unit: bool, noise: Tensor | None) -> None:
+    """Decay weights and move them against a direction, which is used up.
+
+    Args:
+        param: the weights.
+        direction: in arithmetic precision.
+        numbers: what to multiply by.
+        is_unit: whether the direction holds 1, 0 and -1 alone.
+        noise: 16 random bits for each weight, to round by; None to round to nearest.
+    """
     weight = _tensors.upcast(param)
     if numbers.decay_factor is not None:
         weight.mul_(numbers.decay_factor)
-    if change is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
-        direction = torch.sign(average)
-    else:
-        direction = torch.sign(average, out=change)  # memory that is still in cache
-    direction.add_(average, alpha=0)  # Note [Non-finite averages]
-    if mean is not None:
-        direction.mul_(_mask(average, grad)).div_(mean)
-    if mean is None and not isinstance(numbers.lr, Tensor):
+    if is_unit and not isinstance(numbers.lr, Tensor):
         weight.sub_(direction, alpha=numbers.lr)  # a pass less, and the same bits: a product with 1, 0 or -1 is exact
     else:
         weight.sub_(direction.mul_(numbers.lr))

@@ -20,6 +20,8 @@ from stac_optimizer._validation import boolean, one_of, unit_fraction
 from stac_optimizer.rules._rule import Group, Hyperparameter, Rule, StateTensor, StepInputs
 from stac_optimizer.rules._sign_momentum_fused import fused, has_fused, skips_by_itself
 from stac_optimizer.rules._sign_momentum_kernels import Work, multi_tensor, single_tensor
+from stac_optimizer.rules._sign_momentum_vote import average_state, by_vote
+from stac_optimizer.vote import ENCODINGS, Voters
 
 __all__ = ["SignMomentum"]
 
@@ -33,6 +35,11 @@ def _state_dtype(name: str, value: Any) -> str | None:
         raise TypeError(f"{name} must be None or a torch.dtype, got {value!r} of type {type(value).__name__}")
     known: dict[Any, str] = {dtype: dtype_name for dtype_name, dtype in STATE_DTYPES.items()}
     chosen: str | None = one_of(name, known.get(value, value), (None, *STATE_DTYPES))
+    return chosen
+
+
+def _encoding(name: str, value: Any) -> str | None:
+    chosen: str | None = one_of(name, value, (None, *ENCODINGS))
     return chosen
 
 
@@ -57,6 +64,9 @@ class SignMomentum(Rule):
 
     State: ``step`` (0-dim float32, read by stochastic rounding alone) and ``exp_avg``; where that is in 8-bit codes
     also ``exp_avg_scale``, see :mod:`stac_optimizer._codes`. The sign is that of m before it is rounded to be stored.
+
+    With ``trunk_vote``, which :class:`stac_optimizer.MajorityVote` sets, each rank keeps an m of its own gradients, and
+    sign(m) becomes the sign of the sum of all ranks' sign(m).
     """
 
     name = "sign_momentum"
@@ -64,6 +74,7 @@ class SignMomentum(Rule):
         "trunk_momentum": Hyperparameter(default=0.9, check=unit_fraction),
         "trunk_cautious": Hyperparameter(default=False, check=boolean),
         "trunk_state_dtype": Hyperparameter(default=None, check=_state_dtype),
+        "trunk_vote": Hyperparameter(default=None, check=_encoding),
     }
     state_keys = frozenset({"step", "exp_avg", "exp_avg_scale"})
     paths = frozenset({"single", "foreach", "fused"})
@@ -79,6 +90,11 @@ class SignMomentum(Rule):
         return tuple(tensors)
 
     def unfitness(self, param: Tensor, group: Group) -> str | None:
+        if group["trunk_vote"] and _tensors.is_sharded(param):
+            return (
+                "is a DTensor, whose gradients FSDP2 averages, and ranks vote on what each has by itself; give "
+                "fully_shard the trunk's parameters as ignored_params"
+            )
         is_coded = group["trunk_state_dtype"] == "int8" and _codes.can_be_coded(param)
         if is_coded and not _tensors.is_sharded_by_row(param):
             return "is sharded within rows, and 8-bit state needs whole ones; use trunk_state_dtype=torch.bfloat16"
@@ -118,9 +134,19 @@ class SignMomentum(Rule):
         if inputs.group["stochastic_rounding"]:
             salt = _rounding.salts(inputs.group["rounding_seed"], inputs.positions, _rounding.counts(steps))
             work = work._replace(salt=salt)
-        kernel = KERNELS[self.path(inputs.params, inputs.group)]
         for part in _by_state_kind(work):
-            kernel(part)
+            if inputs.voters is not None:
+                by_vote(part, inputs.voters)
+            else:
+                KERNELS[self.path(inputs.params, inputs.group)](part)
+
+    def average_state(
+        self, params: Sequence[Tensor], states: Mapping[Tensor, Mapping[str, Tensor]], voters: Voters
+    ) -> None:
+        for param in params:
+            state = states.get(param, {})
+            if "exp_avg" in state:
+                average_state(state["exp_avg"], state.get("exp_avg_scale"), param, voters)
 
 
 def _work(inputs: StepInputs) -> Work:

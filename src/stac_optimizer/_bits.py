@@ -1,0 +1,114 @@
+"""Signs as bits: 64 of them in one integer, and the majority of several voters. Knows no rule and no process group.
+
+A vote is one plane of bits for "up", and in ternary votes a second one for "down"; where neither is set the voter
+abstains. Everything works on 64-bit integers, for comparisons that make booleans cost several times as much on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+__all__ = ["WORD", "majority", "pack_", "unpack", "words_for"]
+
+WORD = 64
+# Words that are worked on at once: half a dozen such temporaries stay in the cache of a core.
+CHUNK = 16 * 1024
+
+
+def _signed(number: int) -> int:
+    """The signed 64-bit integer with these bits."""
+    return number - 2**64 if number >= 2**63 else number
+
+
+# For eight bytes in one integer, the first one lowest. A product with GATHER moves the lowest bit of byte i to bit i of
+# the highest byte, and nothing carries. A byte times SPREAD is in all eight; PICK keeps bit i of byte i.
+GATHER = 0x0102040810204080
+SPREAD = 0x0101010101010101
+PICK = _signed(0x8040201008040201)
+ALMOST = 0x7F7F7F7F7F7F7F7F
+LOWEST = SPREAD
+
+
+def words_for(numel: int) -> int:
+    """How many integers hold the bits of so many elements."""
+    return -(-numel // WORD)
+
+
+def pack_(values: Tensor, planes: Tensor) -> None:
+    """Write the signs of a flat tensor into planes of bits.
+
+    Args:
+        values: floating-point numbers; NaN counts as zero.
+        planes: 64-bit integers, one row for ternary votes' "up" and one for "down"; a single row, where zero counts as
+            up, for binary ones.
+    """
+    signs = torch.sign(values).to(torch.int8)
+    eights = pad(signs, (0, -signs.numel() % WORD)).view(torch.int64)
+    minus = (eights >> 7).bitwise_and_(LOWEST)  # -1 has all bits of its byte
+    if len(planes) == 1:
+        _gather_(minus.bitwise_xor_(LOWEST), planes[0])
+        return
+    _gather_((eights & LOWEST).bitwise_xor_(minus), planes[0])
+    _gather_(minus, planes[1])
+
+
+def _gather_(eights: Tensor, plane: Tensor) -> None:
+    plane.view(torch.uint8).copy_(eights.mul_(GATHER).bitwise_right_shift_(WORD - 8))
+
+
+def unpack(planes: Tensor, numel: int, dtype: torch.dtype) -> Tensor:
+    """The values 1, 0 and -1 that two planes stand for."""
+    plus, minus = (_spread(plane) for plane in planes)
+    return plus.bitwise_or_(minus.mul_(0xFF)).view(torch.int8)[:numel].to(dtype)
+
+
+def _spread(plane: Tensor) -> Tensor:
+    """Bits as bytes of 0 and 1, eight in one integer."""
+    eights = plane.view(torch.uint8).to(torch.int64).mul_(SPREAD).bitwise_and_(PICK)
+    return eights.add_(ALMOST).bitwise_right_shift_(7).bitwise_and_(LOWEST)
+
+
+def majority(votes: Tensor) -> Tensor:
+    """Where more voters say "up" than "down", and the reverse.
+
+    Args:
+        votes: voters x planes x words.
+
+    Returns:
+        Two planes; of a tie neither.
+    """
+    decided = votes.new_empty((2, votes.shape[-1]))
+    for start in range(0, votes.shape[-1], CHUNK):
+        part = votes[..., start : start + CHUNK]
+        up = [vote[0] for vote in part]
+        down = [vote[1] if len(vote) > 1 else ~vote[0] for vote in part]
+        more, less = _compared(_count(up), _count(down))
+        decided[0, start : start + CHUNK] = more
+        decided[1, start : start + CHUNK] = less
+    return decided
+
+
+def _count(bits: Sequence[Tensor]) -> list[Tensor]:
+    """How many are set at each place, as binary digits, the lowest first: a row of adders."""
+    digits: list[Tensor] = []
+    for number, bit in enumerate(bits, start=1):
+        carry = bit
+        for place, digit in enumerate(digits):
+            digits[place], carry = digit ^ carry, digit & carry
+        if number.bit_length() > len(digits):
+            digits.append(carry)
+    return digits
+
+
+def _compared(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Where one of two binary numbers, lowest digit first, is greater, and where it is less."""
+    greater, less = torch.zeros_like(left[0]), torch.zeros_like(left[0])
+    for one, other in zip(left, right, strict=True):  # a higher digit overrules the lower ones
+        differs = one ^ other
+        greater = (greater & ~differs) | (one & differs)
+        less = (less & ~differs) | (other & differs)
+    return greater, less

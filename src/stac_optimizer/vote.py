@@ -1,0 +1,262 @@
+"""Majority votes of ranks on the trunk's steps: what a user gives to STAC, and the collectives behind it.
+
+Knows no rule: what is voted on, the rules put into a :class:`Ballot`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from stac_optimizer import _bits, _tensors
+from stac_optimizer._validation import one_of
+
+__all__ = ["ENCODINGS", "Ballot", "MajorityVote", "Voters"]
+
+ENCODINGS = ("ternary", "binary", "int8")
+# As torch from 2.13 on calls it, and as before.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# What a sum of so many signs stays within.
+MOST_INT8_VOTERS = 127
+
+
+@dataclass(frozen=True)
+class MajorityVote:
+    r"""Ranks vote on the trunk's steps instead of averaging its gradients.
+
+    Each rank keeps the gradient average :math:`m_r` of its own data alone, and all move a weight by the sign of the sum
+    of votes:
+
+    .. math::
+        p \leftarrow p - \text{lr} \cdot \operatorname{sign}\Big(\sum_r \operatorname{sign}(m_r)\Big)
+
+    In place of 32 bits a weight, 2 (ternary) or 1 (binary) go over the wire. The cap's gradients are averaged as usual.
+    It pays where the network limits training: many ranks on slow links, or a step that is short beside its all-reduce.
+    On fast links within one machine, averaging costs little and votes cost arithmetic. With few ranks the majority of
+    signs is a coarser direction than the sign of the mean.
+
+    Args:
+        process_group: the ranks that vote; None: those of the DistributedDataParallel that STAC gets, else all.
+        encoding: how votes travel.
+
+            - ``"ternary"``: up, down, or neither where the average is 0. Two bits a weight.
+            - ``"binary"``: up or down, and 0 counts as down the gradient: a weight without gradient drifts wherever no
+              majority holds it. One bit a weight.
+            - ``"int8"``: the votes of ``"ternary"`` as a sum of bytes by one all-reduce, of at most 127 ranks, for
+              process groups without all-to-all.
+
+    A weight on which as many ranks vote up as down stays. Give it to STAC on every rank:
+
+    - ``STAC(ddp, vote=MajorityVote())`` with a DistributedDataParallel model puts a communication hook on it, which
+      averages the cap's gradients alone; a model has one hook at most, and it must come before the first backward.
+    - With a plain module, the same weights on every rank, STAC averages the cap's gradients in ``step``, in place. It
+      does so too after a backward under ``no_sync``.
+    - With FSDP2, give ``fully_shard`` the trunk's parameters as ``ignored_params``; it averages those of the cap.
+
+    Gradients may be accumulated. One that is absent on some ranks alone counts as zero there, as under
+    DistributedDataParallel. NaN or infinity on any rank raises on all of them, before anything has changed. Clip the
+    roles apart: ``clip_grad_norm_(optimizer.partition.trunk_parameters, ...)`` changes a rank's own averages alone, the
+    cap's gradients have the same norm everywhere; a norm over both would differ by rank and part their caps. A
+    GradScaler, whose scale would differ by rank, and DistributedDataParallel's ``join`` are refused.
+
+    Each rank's averages are its own. To resume exactly, save ``optimizer.state_dict()`` on every rank and load each
+    rank's own. To go on with another number of ranks, or from one file for all, call
+    :meth:`stac_optimizer.STAC.average_trunk_state` before saving.
+
+    References:
+        signSGD, https://arxiv.org/abs/1802.04434; signSGD with Majority Vote, https://arxiv.org/abs/1810.05291;
+        Distributed Lion, https://arxiv.org/abs/2404.00438; Lion Cub, https://arxiv.org/abs/2411.16462.
+    """
+
+    process_group: dist.ProcessGroup | None = None
+    encoding: str = "ternary"
+
+    def __post_init__(self) -> None:
+        one_of("encoding", self.encoding, ENCODINGS)
+        if self.process_group is not None and not isinstance(self.process_group, dist.ProcessGroup):
+            raise TypeError(f"process_group must be a ProcessGroup or None, got {type(self.process_group).__name__}")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MajorityVote:
+        return self  # process groups cannot be copied, and need not be
+
+
+class Voters:
+    """The ranks that vote for one optimizer, and what they do together.
+
+    Args:
+        vote: the user's choice.
+        group: the ranks.
+        ddp: the model, where its gradients' averages are to be the cap's alone.
+    """
+
+    def __init__(self, vote: MajorityVote, group: Any, ddp: nn.parallel.DistributedDataParallel | None = None) -> None:
+        self.vote = vote
+        self.group = group
+        self.size = dist.get_world_size(group)
+        if vote.encoding == "int8" and self.size > MOST_INT8_VOTERS:
+            raise ValueError(f"encoding='int8' sums at most {MOST_INT8_VOTERS} votes, got {self.size} ranks")
+        self._ddp = ddp
+        self._has_averaged = False
+
+    @classmethod
+    def of(cls, vote: MajorityVote, params: object) -> Voters:
+        """Those of an optimizer of these parameters: a module, or whatever else STAC takes."""
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError("vote needs ranks; call torch.distributed.init_process_group first")
+        ddp = params if isinstance(params, nn.parallel.DistributedDataParallel) else None
+        default = dist.group.WORLD if ddp is None else ddp.process_group
+        return cls(vote, vote.process_group or default, ddp)
+
+    # A copy does not hear of the hook, and averages the cap by itself.
+    def __deepcopy__(self, memo: dict[int, Any]) -> Voters:
+        return Voters(self.vote, self.group)
+
+    def __reduce__(self) -> Any:
+        if self.group != dist.group.WORLD:
+            raise TypeError(
+                "an optimizer whose vote has a process group of its own cannot be pickled; use state_dict()"
+            )
+        return Voters.of, (self.vote, None)
+
+    def hook(self, trunk: Sequence[Tensor]) -> None:
+        """Let DistributedDataParallel average the cap's gradients alone."""
+        if self._ddp is not None:
+            kept = {id(param) for param in trunk}
+            # torch reads a hook's annotations, which it wants as types, or not at all.
+            self._ddp.register_comm_hook(kept, lambda trunk, bucket: self._average_cap_of(trunk, bucket))  # noqa: PLW0108
+
+    def _average_cap_of(self, trunk: set[int], bucket: Any) -> Any:
+        """The hook: what it leaves alone, each rank keeps as its own."""
+        self.refuse_join()
+        self._has_averaged = True
+        buffer = bucket.buffer()
+        held = zip(bucket.parameters(), bucket.gradients(), strict=True)
+        cap = [grad for param, grad in held if id(param) not in trunk]
+        if not cap:
+            done: torch.futures.Future[Tensor] = torch.futures.Future()
+            done.set_result(buffer)
+            return done
+        flat, work = self._start_sum(cap)
+
+        def finish(_: object) -> Any:
+            self._finish_mean(flat, cap)
+            return buffer
+
+        return work.get_future().then(finish)
+
+    def refuse_join(self) -> None:
+        """Raise where ranks may end before others: a vote would wait for them for ever."""
+        if self._ddp is not None and _tensors.is_joining(self._ddp):
+            raise RuntimeError(
+                "vote cannot go on without the ranks that have left: give all ranks as many batches, not join()"
+            )
+
+    def average_cap_(self, grads: Sequence[Tensor]) -> None:
+        """Average plain gradients over ranks in place, unless DistributedDataParallel has done so in this iteration."""
+        if not self._has_averaged:
+            by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+            for grad in grads:
+                by_kind.setdefault((grad.device, grad.dtype), []).append(grad)
+            for some in by_kind.values():
+                self.average_(some)
+        self._has_averaged = False
+
+    def average_(self, tensors: Sequence[Tensor]) -> None:
+        """Average tensors of one device and dtype over ranks, in place, by one all-reduce."""
+        flat, work = self._start_sum(tensors)
+        work.wait()
+        self._finish_mean(flat, tensors)
+
+    def _start_sum(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Any]:
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        return flat, dist.all_reduce(flat, group=self.group, async_op=True)
+
+    def _finish_mean(self, flat: Tensor, tensors: Sequence[Tensor]) -> None:
+        flat.div_(self.size)
+        for part, tensor in zip(flat.split([tensor.numel() for tensor in tensors]), tensors, strict=True):
+            tensor.copy_(part.view(tensor.shape))
+
+    def on_any(self, flags: Sequence[bool], device: torch.device) -> list[bool]:
+        """For each flag, whether it is set on any rank."""
+        held = torch.tensor(flags, dtype=torch.uint8, device=device)
+        dist.all_reduce(held, dist.ReduceOp.MAX, group=self.group)
+        return [bool(flag) for flag in held.tolist()]
+
+    def gather(self, message: str | None) -> list[str | None]:
+        """What each rank has to say."""
+        messages: list[str | None] = [None] * self.size
+        dist.all_gather_object(messages, message, group=self.group)
+        return messages
+
+    def ballot(self, numel: int, device: torch.device) -> Ballot:
+        """An empty ballot for so many votes of each rank."""
+        return Ballot(self, numel, device)
+
+
+class Ballot:
+    """The votes on some weights, at first one's own, once decided those of all.
+
+    Args:
+        voters: who votes.
+        numel: how many weights, each run of them rounded up to whole words.
+        device: where.
+    """
+
+    def __init__(self, voters: Voters, numel: int, device: torch.device) -> None:
+        self._voters = voters
+        self._work: Any = None
+        self._sums: Tensor | None = None
+        if voters.vote.encoding == "int8":
+            self._sums = torch.empty(numel, dtype=torch.int8, device=device)
+            return
+        # A slice of the words for each rank to decide on. What two ranks would send each other after that, they know.
+        self._slices = voters.size if voters.size > 2 else 1
+        planes = 1 if voters.vote.encoding == "binary" else 2
+        words = -(-_bits.words_for(numel) // self._slices) * self._slices
+        self._own = torch.zeros((planes, words), dtype=torch.int64, device=device)
+
+    def put(self, values: Tensor, start: int) -> None:
+        """Vote by the signs of a flat tensor, from this place on, a multiple of the word's bits."""
+        if self._sums is not None:
+            self._sums[start : start + values.numel()] = torch.sign(values)
+        else:
+            first = start // _bits.WORD
+            _bits.pack_(values, self._own[:, first : first + _bits.words_for(values.numel())])
+
+    def cast(self) -> None:
+        """Begin to send one's votes."""
+        group, size = self._voters.group, self._voters.size
+        if self._sums is not None:
+            self._work = dist.all_reduce(self._sums, group=group, async_op=True)
+            return
+        planes, words = self._own.shape
+        self._votes = self._own.new_empty((size, planes, words // self._slices))
+        if self._slices == 1:
+            self._work = _all_gather(self._votes.view(-1), self._own.view(-1), group=group, async_op=True)
+        else:
+            by_rank = self._own.view(planes, size, -1).transpose(0, 1).contiguous()
+            self._work = dist.all_to_all_single(self._votes.view(-1), by_rank.view(-1), group=group, async_op=True)
+
+    def decide(self) -> None:
+        """Wait for the others' votes, and count."""
+        self._work.wait()
+        if self._sums is not None:
+            return
+        decided = _bits.majority(self._votes)
+        if self._slices > 1:
+            slices = decided.new_empty((self._slices, *decided.shape))
+            _all_gather(slices.view(-1), decided.view(-1), group=self._voters.group)
+            decided = slices.transpose(0, 1).reshape(2, -1)
+        self._decided = decided
+
+    def direction(self, start: int, numel: int, dtype: torch.dtype) -> Tensor:
+        """1 where the majority voted up, -1 where down, else 0."""
+        if self._sums is not None:
+            return self._sums[start : start + numel].sign().to(dtype)
+        first = start // _bits.WORD
+        return _bits.unpack(self._decided[:, first : first + _bits.words_for(numel)], numel, dtype)
