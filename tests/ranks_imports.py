@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+import torch._dynamo  # as the first step of any optimizer does
 import torch.distributed.checkpoint.state_dict
 import torch.distributed.device_mesh
 import torch.distributed.fsdp
@@ -11,4 +13,4 @@ import torch.nn.parallel
 import stac_optimizer
 import tests.support
 
-__all__ = ["stac_optimizer", "tests", "torch"]
+__all__ = ["pytest", "stac_optimizer", "tests", "torch"]

@@ -251,7 +251,7 @@ class Ballot:
         if self._slices > 1:
             slices = decided.new_empty((self._slices, *decided.shape))
             _all_gather(slices.view(-1), decided.view(-1), group=self._voters.group)
-            decided = slices.transpose(0, 1).reshape(2, -1)
+            decided = slices.transpose(0, 1).contiguous().view(2, -1)
         self._decided = decided
 
     def direction(self, start: int, numel: int, dtype: torch.dtype) -> Tensor:
