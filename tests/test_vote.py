@@ -1,4 +1,4 @@
-"""Majority votes on real ranks: against the equations, by bits, for every number of ranks, encoding and kind of state."""
+"""Majority votes on real ranks: against the equations, by bits, for several ranks, encodings and kinds of state."""
 
 from __future__ import annotations
 
@@ -181,7 +181,8 @@ def test_gradients_of_another_layout_on_one_rank_vote_on_the_same_weights(encodi
         for name, weight in weights.items():
             held = averages.setdefault(name, [torch.zeros(weight.shape, dtype=weight.dtype) for _ in range(2)])
             for average, generator in zip(held, generators, strict=True):
-                average += (torch.randn(weight.shape, generator=generator, dtype=weight.dtype) - average) * (1 - 0.9)
+                grad = torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
+                average.add_((grad - average) * (1 - 0.9))
             if step and weight.numel():
                 views = [torch.view_as_real(t) if t.is_complex() else t for t in (*held, first[step - 1][name], weight)]
                 signs = [torch.where(v >= 0, 1.0, -1.0) if encoding == "binary" else v.sign() for v in views[:2]]

@@ -1,0 +1,205 @@
+"""What a vote cannot serve is refused, on every rank alike, and leaves weights and state as they were."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms.join import Join
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from stac_optimizer import STAC, MajorityVote, vote
+from tests.ranks import run_ranks
+from tests.runs import process_group
+from tests.support import assert_same_bits, seeded_loss, set_gradients, small_model, snapshot
+
+
+def message_of(error: type[Exception], action: Any, *arguments: Any, **keywords: Any) -> str:
+    with pytest.raises(error) as caught:
+        action(*arguments, **keywords)
+    return str(caught.value)
+
+
+def bad_gradient(kind: str, flags: dict[str, Any]) -> str:
+    """Rank 1 has a gradient that nobody can use; all must hear of it, and none may have moved."""
+    model = small_model()
+    optimizer = STAC(model, vote=MajorityVote(), **flags)
+    for step in range(2):
+        set_gradients(model, step)
+        optimizer.step()
+    before = snapshot(model, optimizer)
+    weight = model.get_parameter("0.weight")
+    set_gradients(model, 9)
+    if dist.get_rank() == 1:
+        assert weight.grad is not None
+        if kind == "sparse":
+            weight.grad = weight.grad.to_sparse()
+        else:
+            weight.grad[0, 0] = torch.nan if kind == "nan" else torch.inf
+    message = message_of(RuntimeError, optimizer.step)
+    assert_same_bits(snapshot(model, optimizer), before)
+    set_gradients(model, 10)
+    optimizer.step()
+    return message
+
+
+@pytest.mark.parametrize("flags", [{}, {"error_if_nonfinite": True}], ids=["default", "error_if_nonfinite"])
+@pytest.mark.parametrize("kind", ["nan", "infinity", "sparse"])
+def test_gradient_of_one_rank_that_cannot_be_used_stops_all(kind: str, flags: dict[str, Any]) -> None:
+    messages = run_ranks(bad_gradient, 2, kind, flags)
+    assert messages[0] == messages[1]
+    expected = "sparse_coo" if kind == "sparse" else "NaN or infinity"
+    assert messages[0].startswith("no rank can step: rank 1: ")
+    assert "'0.weight' (trunk)" in messages[0]
+    assert expected in messages[0]
+
+
+def scaled() -> str:
+    model = small_model()
+    optimizer = STAC(model, vote=MajorityVote())
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(seeded_loss(model, 0)).backward()
+    before = snapshot(model, optimizer)
+    message = message_of(RuntimeError, scaler.step, optimizer)
+    assert_same_bits(snapshot(model, optimizer), before)
+    return message
+
+
+def test_grad_scaler_is_refused() -> None:
+    assert "GradScaler's scale" in run_ranks(scaled, 2)[0]
+
+
+def joined() -> str:
+    ddp = DistributedDataParallel(small_model())
+    STAC(ddp, vote=MajorityVote())
+    with Join([ddp]):
+        return message_of(RuntimeError, seeded_loss(ddp, 0).backward)
+
+
+def test_join_is_refused() -> None:
+    assert all("not join()" in message for message in run_ranks(joined, 2))
+
+
+def hooked_twice() -> str:
+    ddp = DistributedDataParallel(small_model())
+    STAC(ddp, vote=MajorityVote())
+    return message_of(RuntimeError, STAC, ddp, vote=MajorityVote())
+
+
+def test_second_hook_on_a_model_is_refused() -> None:
+    assert all("register_comm_hook" in message for message in run_ranks(hooked_twice, 2))
+
+
+def sharded() -> str:
+    model = small_model()
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return message_of(ValueError, STAC, model, vote=MajorityVote())
+
+
+def test_sharded_trunk_is_refused() -> None:
+    assert all("ignored_params" in message for message in run_ranks(sharded, 2))
+
+
+def bereaved(constructed: bool) -> str:
+    """A rank that ends leaves the others with an error, not with a wait for ever."""
+    model = small_model()
+    set_gradients(model, 0)
+    optimizer = STAC(model, vote=MajorityVote()) if constructed else None
+    if dist.get_rank() == 1:
+        os._exit(1)
+    if optimizer is None:
+        optimizer = STAC(model, vote=MajorityVote())
+    return message_of(RuntimeError, optimizer.step)
+
+
+@pytest.mark.parametrize("constructed", [True, False], ids=["before-a-step", "before-construction"])
+def test_rank_that_dies_is_an_error_on_the_others(constructed: bool) -> None:
+    with pytest.raises(AssertionError) as caught:
+        run_ranks(bereaved, 3, constructed, timeout=20)
+    lines = str(caught.value)
+    assert "rank 1: died without a word" in lines
+    assert "not done after" not in lines
+
+
+@pytest.mark.parametrize(
+    ("arguments", "other"),
+    [
+        ({"trunk_cautious": True}, "trunk_cautious"),
+        ({"capturable": True}, "capturable"),
+        ({"differentiable": True}, "differentiable"),
+    ],
+)
+def test_flags_that_a_vote_excludes(tmp_path: Path, arguments: dict[str, Any], other: str) -> None:
+    with process_group(tmp_path), pytest.raises(ValueError, match=f"trunk_vote and {other} exclude each other"):
+        STAC(small_model(), vote=MajorityVote(), **arguments)
+
+
+def test_vote_without_process_group_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="init_process_group first"):
+        STAC(small_model(), vote=MajorityVote())
+
+
+@pytest.mark.parametrize("value", ["ternary", True, MajorityVote])
+def test_vote_of_another_type_is_refused(value: Any) -> None:
+    with pytest.raises(TypeError, match="vote must be a MajorityVote or None"):
+        STAC(small_model(), vote=value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"encoding": "unary"}, ValueError, "encoding must be one of .*'ternary', 'binary', 'int8'"),
+        ({"encoding": 2}, (TypeError, ValueError), "encoding must be"),
+        ({"process_group": "world"}, TypeError, "process_group must be a ProcessGroup or None, got str"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: dict[str, Any], error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        MajorityVote(**arguments)
+
+
+def test_groups_cannot_vote_by_themselves(tmp_path: Path) -> None:
+    groups = [{"params": list(small_model().parameters()), "stac_role": "trunk", "trunk_vote": "binary"}]
+    with pytest.raises(ValueError, match=r"group 0: trunk_vote is 'binary', .* it is None"):
+        STAC(groups)
+    with process_group(tmp_path), pytest.raises(ValueError, match=r"it is 'ternary'"):
+        STAC(groups, vote=MajorityVote())
+
+
+def test_sum_of_more_votes_than_a_byte_holds_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vote, "MOST_INT8_VOTERS", 0)
+    with process_group(tmp_path), pytest.raises(ValueError, match="sums at most 0 votes, got 1 ranks"):
+        STAC(small_model(), vote=MajorityVote(encoding="int8"))
+
+
+def test_released_gradients_and_votes_exclude_each_other(tmp_path: Path) -> None:
+    with process_group(tmp_path):
+        model = small_model()
+        optimizer = STAC(model, vote=MajorityVote())
+        with pytest.raises(RuntimeError, match="trunk_vote='ternary'"):
+            optimizer.release_gradients(model)
+
+
+def test_averages_are_those_of_a_vote_alone() -> None:
+    with pytest.raises(RuntimeError, match="average_trunk_state is for optimizers with a vote"):
+        STAC(small_model()).average_trunk_state()
+
+
+def grouped() -> str:
+    own = dist.new_group([0, 1])
+    optimizer = STAC(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), vote=MajorityVote(own))
+    assert copy.deepcopy(optimizer)._voters is not None
+    return message_of(TypeError, pickle.dumps, optimizer)
+
+
+def test_process_group_of_its_own_keeps_an_optimizer_from_being_pickled() -> None:
+    assert all("cannot be pickled" in message for message in run_ranks(grouped, 2))
