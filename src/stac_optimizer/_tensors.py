@@ -97,14 +97,17 @@ def count_step_(steps: list[Tensor]) -> None:
 
 
 def are_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether no tensor holds NaN or infinity, in no shard of it.
-
-    The largest magnitude tells, and unlike a sum it cannot overflow.
-    """
+    """Whether no tensor holds NaN or infinity, in no shard of it."""
     held = real_views(local_views([tensor for tensor in tensors if tensor.numel()]))
-    held = [tensor for tensor in held if tensor.numel()]
-    is_bad = bool(held) and not torch.nn.utils.get_total_norm(held, norm_type=math.inf).isfinite()
+    suspects = [tensor for tensor in held if tensor.numel() and not (tensor.is_cpu and _has_finite_sum(tensor))]
+    # The largest magnitude tells, and unlike a sum it cannot overflow.
+    is_bad = bool(suspects) and not torch.nn.utils.get_total_norm(suspects, norm_type=math.inf).isfinite()
     return not _on_any_rank(is_bad, tensors)
+
+
+def _has_finite_sum(tensor: Tensor) -> bool:
+    """Whether all elements are finite for certain. On the CPU a sum takes a tenth of the time of a maximum."""
+    return math.isfinite(tensor.sum(dtype=arithmetic_dtype(tensor.dtype)).item())
 
 
 def are_zero(tensors: Sequence[Tensor]) -> bool:
