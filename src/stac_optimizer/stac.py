@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stac_optimizer import checkpoint
+from stac_optimizer._agreement import check_agreement, scopes_of
 from stac_optimizer._gradients import check_capture, check_finite, check_gradients, only_make_state
 from stac_optimizer._groups import build_groups, check_fitness, checked, named_parameters, partition_of
 from stac_optimizer._release import GradientRelease
@@ -102,7 +103,8 @@ class STAC(Optimizer):
     Raises:
         TypeError: an argument of the wrong type, or parameters without names.
         ValueError: an argument out of range, nothing to train, a selector that matches nothing, a group without role or
-            with an unknown key, stochastic rounding of weights that are not bfloat16.
+            with an unknown key, stochastic rounding of weights that are not bfloat16. On every rank, naming what
+            differs: ranks that share a DDP model or DTensors and build different optimizers; all of them must build.
         RuntimeError: from :meth:`step`, before anything has changed: a sparse gradient, a non-finite one under
             ``error_if_nonfinite``, one that the cap's AdamW cannot apply. From :meth:`add_param_group`, always.
 
@@ -184,6 +186,7 @@ class STAC(Optimizer):
         super().__init__(groups, defaults)
         del self._accepts_groups
         check_fitness(self.param_groups)
+        check_agreement(self.param_groups, scopes_of(params, self.param_groups))
         for group in self.param_groups:
             names = [name for name, _, _ in named_parameters([group])]
             advice = RULES[group["rule"]].advice(names, group["params"], group)
