@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from stac_optimizer import STAC, named
 from stac_optimizer._agreement import check_agreement, scope_of
@@ -230,3 +233,15 @@ def _collectives(make: Callable[[nn.Module], nn.Module]) -> dict[str, int]:
 @pytest.mark.parametrize("make", [DistributedDataParallel, _sharded])
 def test_ranks_that_agree_are_asked_once(make: Callable[[nn.Module], nn.Module]) -> None:
     assert run_ranks(_collectives, 2, make) == [{"construction": 1, "steps": 0}] * 2
+
+
+@pytest.mark.parametrize("mode", [nullcontext, FakeTensorMode])
+def test_dry_run_of_ranks_that_do_not_exist_builds(mode: Callable[[], AbstractContextManager[None]]) -> None:
+    dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (8,))
+        with mode():
+            model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3))
+            assert STAC(_sharded(model, mesh=mesh)).partition.cap_layer_names == ("1",)
+    finally:
+        dist.destroy_process_group()
