@@ -203,3 +203,26 @@ def grouped() -> str:
 
 def test_process_group_of_its_own_keeps_an_optimizer_from_being_pickled() -> None:
     assert all("cannot be pickled" in message for message in run_ranks(grouped, 2))
+
+
+DIFFERENCES: dict[str, tuple[dict[str, Any], str]] = {
+    "encoding": (
+        {"vote": MajorityVote(encoding="binary")},
+        "trunk_vote of group 0 (trunk) is 'ternary' on rank 0; 'binary'",
+    ),
+    "no-vote": ({"vote": None}, "trunk_vote of group 0 (trunk) is 'ternary' on rank 0; None on rank 1"),
+    "layers": ({"last_n_layers": 2}, "parameter 2 is '1.weight' (trunk) on rank 0; '1.weight' (cap) on rank 1"),
+    "momentum": ({"trunk_momentum": 0.5}, "trunk_momentum of group 0 (trunk) is 0.9 on rank 0; 0.5 on rank 1"),
+}
+
+
+def differing(kind: str) -> str:
+    ddp = DistributedDataParallel(small_model())
+    arguments, _ = DIFFERENCES[kind]
+    return message_of(ValueError, STAC, ddp, **{"vote": MajorityVote(), **(arguments if dist.get_rank() else {})})
+
+
+@pytest.mark.parametrize("kind", DIFFERENCES)
+def test_ranks_that_differ_are_told_what_differs(kind: str) -> None:
+    for message in run_ranks(differing, 2, kind, timeout=20):
+        assert DIFFERENCES[kind][1] in message

@@ -59,10 +59,13 @@ def check_finite(groups: Sequence[Group]) -> None:
         if (group["error_if_nonfinite"] or group["trunk_vote"]) and param.grad is not None
     ]
     if not are_finite([grad for _, _, grad in held]):
-        name, role = next((name, role) for name, role, grad in held if not are_finite([grad]))
+        # Every gradient is asked about, also behind the first bad one: to ask about a shard is a collective of all
+        # ranks, and a plain gradient may be bad on this rank alone.
+        bad = [f"{name!r} ({role})" for name, role, grad in held if not are_finite([grad])]
+        where = f"the gradient of {bad[0]}" if bad else "a gradient of another rank"
         raise RuntimeError(
-            f"the gradient of {name!r} ({role}) holds NaN or infinity. Nothing was changed; skip this batch, lower "
-            "the lr or clip gradients, or (without vote) pass error_if_nonfinite=False to let the weight become NaN"
+            f"{where} holds NaN or infinity. Nothing was changed; skip this batch, lower the lr or clip gradients, or "
+            "(without vote) pass error_if_nonfinite=False to let the weight become NaN"
         )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stac_optimizer import checkpoint
+from stac_optimizer._agreement import check_agreement, scopes_of
 from stac_optimizer._gradients import agree, check_capture, check_finite, check_gradients, only_make_state
 from stac_optimizer._groups import build_groups, check_fitness, check_vote, checked, named_parameters, partition_of
 from stac_optimizer._release import GradientRelease
@@ -106,7 +107,9 @@ class STAC(Optimizer):
     Raises:
         TypeError: an argument of the wrong type, or parameters without names.
         ValueError: an argument out of range, nothing to train, a selector that matches nothing, a group without role or
-            with an unknown key, stochastic rounding of weights that are not bfloat16.
+            with an unknown key, stochastic rounding of weights that are not bfloat16. On every rank, naming what
+            differs: ranks that share a DDP model or DTensors, or vote, and build different optimizers; all of them
+            must build.
         RuntimeError: from :meth:`step`, before anything has changed: a sparse gradient, a non-finite one under
             ``error_if_nonfinite``, one that the cap's AdamW cannot apply. From :meth:`add_param_group`, always.
 
@@ -194,9 +197,11 @@ class STAC(Optimizer):
         del self._accepts_groups
         check_fitness(self.param_groups)
         check_vote(self.param_groups, defaults["trunk_vote"])
-        if vote is not None:
-            self._voters = Voters.of(vote, params)
-            self._voters.hook(self.partition.trunk_parameters)
+        voters = None if vote is None else Voters.of(vote, params)
+        check_agreement(self.param_groups, scopes_of(params, self.param_groups, voters and voters.group))
+        if voters is not None:
+            voters.hook(self.partition.trunk_parameters)
+            self._voters = voters
         for group in self.param_groups:
             names = [name for name, _, _ in named_parameters([group])]
             advice = RULES[group["rule"]].advice(names, group["params"], group)
