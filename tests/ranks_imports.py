@@ -1,10 +1,12 @@
-"""What the fork server of :mod:`tests.ranks` imports once for all processes."""
+"""What the fork server of :mod:`tests.ranks` imports once for all processes. DTensor imports torch._dynamo late."""
 
 from __future__ import annotations
 
+import torch._dynamo
 import torch.distributed.checkpoint.state_dict
 import torch.distributed.device_mesh
 import torch.distributed.fsdp
+import torch.distributed.optim
 import torch.distributed.tensor
 import torch.nn.parallel
 
