@@ -185,6 +185,23 @@ def test_plain_state_dict_of_shards_resumes_bit_identically_on_the_same_layout()
     run_ranks(_resume_from_plain_state_dicts, 2)
 
 
+def _refuse_state_that_is_not_cut_as_the_parameters() -> None:
+    sharded, twin, _ = _runs({}, "fsdp")
+    _step(sharded, twin, range(1))
+    for (_, saved), (_, optimizer), message in (
+        (twin, sharded, "'exp_avg' of '0.weight' is whole, that of the parameter sharded.*full_state_dict"),
+        (sharded, twin, "'exp_avg' of '0.weight' is sharded, that of the parameter whole.*full_state_dict"),
+    ):
+        before = copy.deepcopy(_full(optimizer.state_dict()))
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(saved.state_dict())
+        assert_same_bits(_full(optimizer.state_dict()), before)
+
+
+def test_state_that_is_not_cut_as_the_parameters_is_refused() -> None:
+    run_ranks(_refuse_state_that_is_not_cut_as_the_parameters, 2)
+
+
 STEPS = 2
 
 
