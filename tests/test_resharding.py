@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import (
@@ -24,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -69,11 +71,14 @@ def _runs(arguments: dict[str, Any], wrapper: str, *, seed: int = 0) -> tuple[Ru
     absent = arguments.pop("absent", ())
     whole = _model(seed)
     model: nn.Module = copy.deepcopy(whole)
-    if wrapper == "fsdp":
-        fully_shard(model.get_submodule("0"))
-        fully_shard(model)
-    else:
+    if wrapper == "ddp":
         model = DistributedDataParallel(model)
+    else:
+        # Two dimensions of the mesh: sharded over pairs of ranks, and the pairs replicate each other.
+        shape, names = ((2, 2), ("replicate", "shard")) if wrapper == "hsdp" else ((dist.get_world_size(),), None)
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+        fully_shard(model.get_submodule("0"), mesh=mesh)
+        fully_shard(model, mesh=mesh)
     return (model, STAC(model, **copy.deepcopy(arguments))), (whole, STAC(whole, **arguments)), absent
 
 
@@ -150,24 +155,30 @@ def test_state_dicts_on_two_ranks_resume_bit_identically(wrapper: str, options: 
     run_ranks(_resume_from_state_dicts, 2, wrapper, options, cases)
 
 
-def _exchange_full_state_dicts() -> None:
+@pytest.mark.parametrize("options", [{}, {"full_state_dict": True}], ids=["plain", "full"])
+def test_state_dicts_on_a_mesh_of_two_dimensions_resume_bit_identically(options: dict[str, Any]) -> None:
+    run_ranks(_resume_from_state_dicts, 4, "hsdp", options, ["amsgrad-cautious-decay", "int8-state"])
+
+
+def _exchange_full_state_dicts(wrapper: str) -> None:
     full = StateDictOptions(full_state_dict=True)
     for case, arguments in ARGUMENTS.items():
-        sharded, twin, absent = _runs(arguments, "fsdp")
+        sharded, twin, absent = _runs(arguments, wrapper)
         _step(sharded, twin, range(2), absent)
         whole = _model()
         optimizer = STAC(whole, trunk_state_dtype=arguments.get("trunk_state_dtype"), lr=0.5)
         set_optimizer_state_dict(whole, optimizer, through_file(get_optimizer_state_dict(*sharded, options=full)))
         assert_same_bits(optimizer.state_dict()["state"], twin[1].state_dict()["state"], case)
-        back, _, _ = _runs(arguments, "fsdp", seed=1)
+        back, _, _ = _runs(arguments, wrapper, seed=1)
         set_optimizer_state_dict(*back, through_file(get_optimizer_state_dict(*twin)), options=full)
         back[0].load_state_dict(sharded[0].state_dict())
         _step(back, twin, range(2, 4))
         _assert_equal(back, twin, case)
 
 
-def test_full_state_dict_of_shards_loads_into_a_whole_optimizer_and_back() -> None:
-    run_ranks(_exchange_full_state_dicts, 2)
+@pytest.mark.parametrize("wrapper", ["fsdp", "ddp"])
+def test_full_state_dict_of_a_wrapped_model_loads_into_a_bare_one_and_back(wrapper: str) -> None:
+    run_ranks(_exchange_full_state_dicts, 2, wrapper)
 
 
 def _resume_from_plain_state_dicts() -> None:

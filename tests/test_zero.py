@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import OneCycleLR
 
-from stac_optimizer import STAC, partition_trainable_layers
+from stac_optimizer import STAC, last_layers, norms, partition_trainable_layers
 from tests.ranks import run_ranks
 from tests.support import assert_same_bits, set_gradients, through_file, wide_model
 
@@ -139,3 +141,27 @@ def _refuse_what_is_for_models() -> None:
 
 def test_arguments_of_one_role_are_refused() -> None:
     run_ranks(_refuse_what_is_for_models, 1)
+
+
+def _run_readme(code: str) -> None:
+    model = wide_model()
+    namespace: dict[str, Any] = {"model": model}
+    exec(compile(code, "README.md", "exec"), namespace)
+    twin = STAC(copy.deepcopy(model), lr=1e-3, cap=last_layers(1) | norms(), weight_decay=1e-2)
+    pairs = [
+        (param, own)
+        for group, dealt in zip(twin.param_groups, namespace["groups"], strict=True)
+        for param, own in zip(group["params"], dealt["params"], strict=True)
+    ]
+    for param, own in pairs:
+        param.grad = own.grad = torch.ones_like(own)
+    for optimizer in (twin, namespace["optimizer"]):
+        optimizer.step()
+    for param, own in pairs:
+        assert_same_bits(own.detach(), param.detach())
+
+
+def test_readme_recipe_equals_the_whole_optimizer() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```py\n(.*?)^```$", readme, flags=re.MULTILINE | re.DOTALL)
+    run_ranks(_run_readme, 2, code)
