@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch._dynamo
 import torch.distributed.checkpoint.state_dict
 import torch.distributed.device_mesh
 import torch.distributed.fsdp
