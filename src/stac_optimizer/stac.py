@@ -20,6 +20,9 @@ from stac_optimizer.selectors import Selector
 
 __all__ = ["STAC"]
 
+# An optimizer whose parameters never had a gradient raises at this step.
+IDLE_STEPS = 3
+
 
 class STAC(Optimizer):
     r"""Sign trunk, AdamW cap: one optimizer for a whole model.
@@ -104,7 +107,8 @@ class STAC(Optimizer):
         ValueError: an argument out of range, nothing to train, a selector that matches nothing, a group without role or
             with an unknown key, stochastic rounding of weights that are not bfloat16.
         RuntimeError: from :meth:`step`, before anything has changed: a sparse gradient, a non-finite one under
-            ``error_if_nonfinite``, one that the cap's AdamW cannot apply. From :meth:`add_param_group`, always.
+            ``error_if_nonfinite``, one that the cap's AdamW cannot apply; the third step of an optimizer none of whose
+            parameters ever had a gradient. From :meth:`add_param_group`, always.
 
     Example:
         >>> import torch
@@ -128,6 +132,8 @@ class STAC(Optimizer):
 
     _accepts_groups = False
     _release: GradientRelease | None = None
+    _had_gradient = False
+    _idle_steps = 0
 
     def __init__(
         self,
@@ -303,6 +309,8 @@ class STAC(Optimizer):
         if not is_scaled and any(group["error_if_nonfinite"] for group in groups):
             check_finite(groups)
         only_makes_state = position is None and not self.state and only_make_state(groups)
+        if not (only_makes_state or torch.compiler.is_compiling()):
+            self._count_idle_steps(groups)
         start = position or 0
         gathered = []
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
@@ -319,6 +327,28 @@ class STAC(Optimizer):
             if not only_makes_state:
                 with torch.set_grad_enabled(inputs.group["differentiable"]):
                     RULES[inputs.group["rule"]].update(inputs)
+
+    def _count_idle_steps(self, groups: Sequence[Group]) -> None:
+        """Refuse to go on without any gradient ever: a step that does nothing would otherwise not show.
+
+        Raises:
+            RuntimeError: at the third such step.
+        """
+        if self._had_gradient:
+            return
+        params = [param for group in groups for param in group["params"]]
+        self._had_gradient = any(param.grad is not None for param in params)
+        is_idle = not self._had_gradient and any(param.requires_grad for param in params)
+        if not is_idle or self._release is not None:
+            return
+        self._idle_steps = min(self._idle_steps + 1, IDLE_STEPS)
+        if self._idle_steps == IDLE_STEPS:
+            raise RuntimeError(
+                f"none of the optimizer's parameters has had a gradient in {self._idle_steps} steps, so nothing was "
+                "ever updated. Either the model has other parameters by now, as after fully_shard, which replaces "
+                "them: build the optimizer after that. Or backward did not run, or gradients were set to None before "
+                "the step"
+            )
 
     def _init_group(
         self,
