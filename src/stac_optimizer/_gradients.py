@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from stac_optimizer._groups import name_of, named_parameters
-from stac_optimizer._tensors import are_finite, are_zero
+from stac_optimizer._tensors import are_zero, first_nonfinite
 from stac_optimizer.rules import RULES, Group
 
 __all__ = ["check_capture", "check_finite", "check_gradients", "only_make_state"]
@@ -53,12 +53,13 @@ def check_finite(groups: Sequence[Group]) -> None:
         RuntimeError: naming the first parameter with one.
     """
     held = [
-        (name, group["stac_role"], param.grad)
+        (name, group["stac_role"], param, param.grad)
         for name, param, group in named_parameters(groups)
         if group["error_if_nonfinite"] and param.grad is not None
     ]
-    if not are_finite([grad for _, _, grad in held]):
-        name, role = next((name, role) for name, role, grad in held if not are_finite([grad]))
+    found = first_nonfinite([grad for _, _, _, grad in held], [param for _, _, param, _ in held])
+    if found is not None:
+        name, role, *_ = held[found]
         raise RuntimeError(
             f"the gradient of {name!r} ({role}) holds NaN or infinity. Nothing was changed; skip this batch, lower "
             "the lr or clip gradients, or pass error_if_nonfinite=False to let the weight become NaN"

@@ -1,0 +1,107 @@
+"""Training a model whole and sharded, to compare them: gradients that are the same however it is sharded."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+
+from stac_optimizer import STAC
+from tests.ranks import run_ranks
+from tests.support import assert_same_bits, wide_model
+
+__all__ = ["Gradients", "assert_shards_step_as_whole", "full", "shard_each", "sharded_as"]
+
+STEPS = 50
+
+Shard = Callable[[nn.Module], object]
+
+
+class Gradients:
+    """Random gradients for a model, the same whether and however it is sharded."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.places = {name: _places(param) for name, param in model.named_parameters()}
+        self.model = model
+
+    def set(self, seed: int) -> None:
+        """Give every parameter that of this seed."""
+        generator = torch.Generator().manual_seed(seed)
+        for name, param in self.model.named_parameters():
+            whole = torch.randn(param.shape, generator=generator).to(param.dtype)
+            param.grad = sharded_as(param, whole.flatten()[self.places[name]])
+
+
+def _places(param: Tensor) -> Tensor:
+    """The index of each element that this rank has in the whole parameter."""
+    places: Tensor = torch.arange(param.numel()).view(param.shape)
+    if isinstance(param, DTensor):
+        mesh = param.device_mesh
+        same = DTensor.from_local(places, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        places = same.redistribute(mesh, param.placements).to_local()
+    return places
+
+
+def sharded_as(param: Tensor, local: Tensor) -> Tensor:
+    """A DTensor of these local elements where the parameter is one."""
+    if not isinstance(param, DTensor):
+        return local
+    return DTensor.from_local(
+        local, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+    )
+
+
+def full(value: Tensor) -> Tensor:
+    """The whole of a sharded tensor, others as they are."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def trained(shard: Shard, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Weights and state by name, whole, of a model that was sharded and then stepped."""
+    arguments = copy.deepcopy(arguments)
+    model = arguments.pop("make", wide_model)(0, arguments.pop("dtype", torch.float32))
+    shard(model)
+    gradients, optimizer = Gradients(model), STAC(model, **{"lr": 1e-2, **arguments})
+    for seed in range(STEPS):
+        gradients.set(seed)
+        optimizer.step()
+    held = {name: (param.detach(), optimizer.state[param]) for name, param in model.named_parameters()}
+    for name, (param, state) in held.items():
+        for key, value in state.items():
+            assert isinstance(value, DTensor) == (isinstance(param, DTensor) and key != "step"), (name, key)
+    return {
+        name: (full(param), {key: full(value) for key, value in state.items()}) for name, (param, state) in held.items()
+    }
+
+
+def _assert_trained_as(shard: Shard, arguments: dict[str, Any], file: Path) -> None:
+    """On one rank: the model ends as the whole one, whose weights and state the file holds."""
+    assert_same_bits(trained(shard, arguments), torch.load(file))
+
+
+def shard_each(model: nn.Module) -> None:
+    """As a user would: every layer by itself, then the root."""
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    for child in model.children():
+        fully_shard(child, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def assert_shards_step_as_whole(shard: Shard, world_size: int, arguments: dict[str, Any], folder: Path) -> None:
+    """Train a model whole, and on every rank one that was sharded: weights and state end the same.
+
+    Args:
+        shard: is called with the model on each rank; a function of a module's top level.
+        world_size: how many ranks.
+        arguments: of STAC; besides them the model's ``dtype``, and ``make`` to make it.
+        folder: for the whole one's file.
+    """
+    torch.save(trained(nn.Identity(), arguments), folder / "whole.pt")
+    run_ranks(_assert_trained_as, world_size, shard, arguments, folder / "whole.pt")
