@@ -135,7 +135,7 @@ def _step_by_compiled_kernels() -> None:
         _units.PACK_NUMEL = pack
         model = wide_model(0, torch.bfloat16)
         shard_each(model)
-        optimizer = STAC(model, lr=1e-2, last_n_layers=0, trunk_cautious=True, stochastic_rounding=True, fused=fused)
+        optimizer = STAC(model, lr=1e-2, last_n_layers=0, stochastic_rounding=True, fused=fused)
         gradients = Gradients(model)
         for seed in range(3):
             gradients.set(seed)

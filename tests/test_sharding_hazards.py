@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from stac_optimizer import STAC, _tensors
 from tests.ranks import run_ranks
 from tests.sharded import Gradients, full, shard_each
-from tests.support import assert_same_bits, set_gradients, small_model, wide_model
+from tests.support import assert_same_bits, same_bits, seeded_loss, set_gradients, small_model, wide_model
 
 
 def _mesh() -> DeviceMesh:
@@ -142,3 +142,26 @@ def _refuse_mixed() -> None:
 
 def test_plain_gradient_of_a_sharded_weight_is_refused() -> None:
     run_ranks(_refuse_mixed, 2)
+
+
+def _scaled_step(fused: bool) -> None:
+    model, optimizer, _ = _sharded(fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for is_bad in (True, False):
+        before = [full(param).clone() for param in model.parameters()]
+        scaler.scale(seeded_loss(model, 0)).backward()
+        grad = model.get_parameter("0.weight").grad
+        if is_bad and dist.get_rank() == 1:
+            assert isinstance(grad, DTensor)
+            grad.to_local().view(-1)[0] = float("inf")
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        for param, old in zip(model.parameters(), before, strict=True):
+            assert same_bits(full(param), old) == is_bad
+        assert scaler.get_scale() == 2.0
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["default", "fused"])
+def test_scaler_that_finds_infinity_on_one_rank_skips_the_step_on_all(fused: bool) -> None:
+    run_ranks(_scaled_step, 2, fused)
