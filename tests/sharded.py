@@ -60,7 +60,10 @@ def sharded_as(param: Tensor, local: Tensor) -> Tensor:
 
 def full(value: Tensor) -> Tensor:
     """The whole of a sharded tensor, others as they are."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    if not isinstance(value, DTensor):
+        return value
+    # Older torch cannot gather what has no elements.
+    return value.full_tensor() if value.numel() else torch.empty(value.shape, dtype=value.dtype)
 
 
 def trained(shard: Shard, arguments: dict[str, Any]) -> dict[str, Any]:

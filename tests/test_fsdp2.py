@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Placement, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from stac_optimizer import STAC, _units
 from tests.ranks import run_ranks
@@ -70,17 +71,23 @@ def shard_hybrid(model: nn.Module) -> None:
     fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards")))
 
 
+def parallelize(model: nn.Module, mesh: DeviceMesh, plan: dict[str, ParallelStyle]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # older torch: of random operators, which nobody calls
+        parallelize_module(model, mesh, plan)
+
+
 def shard_beside_tensor_parallel(model: nn.Module) -> None:
     """Rows cut twice, strided, for the first layer; rows and columns for the last; rows once for the norm."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
-    parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    parallelize(model, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
     fully_shard(model, mesh=mesh["data"])
 
 
 def shard_rows_twice(model: nn.Module) -> None:
     """Strided rows, alone."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
-    parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel()})
+    parallelize(model, mesh["tensor"], {"0": ColwiseParallel()})
     fully_shard(model, mesh=mesh["data"])
 
 
