@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from stac_optimizer import STAC
 from tests.ranks import run_ranks
 from tests.support import assert_same_bits, wide_model
 
-__all__ = ["Gradients", "assert_shards_step_as_whole", "full", "shard_each", "sharded_as"]
+__all__ = ["Gradients", "assert_shards_step_as_whole", "distributed", "full", "shard_each", "shard_in_part"]
 
 STEPS = 50
 
-Shard = Callable[[nn.Module], object]
+Sharding = Callable[[nn.Module], object]
 
 
 class Gradients:
@@ -39,13 +39,27 @@ class Gradients:
             param.grad = sharded_as(param, whole.flatten()[self.places[name]])
 
 
+def distributed(whole: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> DTensor:
+    """A tensor that all ranks have, cut: without a message, on every torch without a warning."""
+    same = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return same.redistribute(mesh, placements)
+
+
+def shard_in_part(model: nn.Module) -> None:
+    """Plain parameters beside sharded ones, in both groups."""
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    plain = {model.get_parameter(name) for name in ("0.bias", "1.weight", "3.weight")}
+    for module in model.modules():
+        for name, param in list(module.named_parameters(recurse=False)):
+            if param not in plain:
+                module.register_parameter(name, nn.Parameter(distributed(param.detach(), mesh, [Shard(0)])))
+
+
 def _places(param: Tensor) -> Tensor:
     """The index of each element that this rank has in the whole parameter."""
     places: Tensor = torch.arange(param.numel()).view(param.shape)
     if isinstance(param, DTensor):
-        mesh = param.device_mesh
-        same = DTensor.from_local(places, mesh, [Replicate()] * mesh.ndim, run_check=False)
-        places = same.redistribute(mesh, param.placements).to_local()
+        places = distributed(places, param.device_mesh, param.placements).to_local()
     return places
 
 
@@ -66,7 +80,7 @@ def full(value: Tensor) -> Tensor:
     return value.full_tensor() if value.numel() else torch.empty(value.shape, dtype=value.dtype)
 
 
-def trained(shard: Shard, arguments: dict[str, Any]) -> dict[str, Any]:
+def trained(shard: Sharding, arguments: dict[str, Any]) -> dict[str, Any]:
     """Weights and state by name, whole, of a model that was sharded and then stepped."""
     arguments = copy.deepcopy(arguments)
     model = arguments.pop("make", wide_model)(0, arguments.pop("dtype", torch.float32))
@@ -84,7 +98,7 @@ def trained(shard: Shard, arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _assert_trained_as(shard: Shard, arguments: dict[str, Any], file: Path) -> None:
+def _assert_trained_as(shard: Sharding, arguments: dict[str, Any], file: Path) -> None:
     """On one rank: the model ends as the whole one, whose weights and state the file holds."""
     assert_same_bits(trained(shard, arguments), torch.load(file))
 
@@ -97,7 +111,7 @@ def shard_each(model: nn.Module) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def assert_shards_step_as_whole(shard: Shard, world_size: int, arguments: dict[str, Any], folder: Path) -> None:
+def assert_shards_step_as_whole(shard: Sharding, world_size: int, arguments: dict[str, Any], folder: Path) -> None:
     """Train a model whole, and on every rank one that was sharded: weights and state end the same.
 
     Args:

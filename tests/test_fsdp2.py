@@ -8,16 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Placement, Shard, distribute_tensor
+from torch.distributed.tensor import Placement, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from stac_optimizer import STAC, _units
 from tests.ranks import run_ranks
-from tests.sharded import Gradients, assert_shards_step_as_whole, full, shard_each
+from tests.sharded import Gradients, assert_shards_step_as_whole, distributed, full, shard_each, shard_in_part
 from tests.support import assert_same_bits, wide_model
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -91,18 +90,11 @@ def shard_rows_twice(model: nn.Module) -> None:
     fully_shard(model, mesh=mesh["data"])
 
 
-def shard_in_part(model: nn.Module) -> None:
-    """Plain parameters beside sharded ones, in both groups."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    ignored = {model.get_parameter(name) for name in ("0.bias", "1.weight", "3.weight")}
-    fully_shard(model, mesh=mesh, ignored_params=ignored)
-
-
 def shard_by(model: nn.Module, mesh: DeviceMesh, placements: list[Placement]) -> None:
     for module in model.modules():
         for name, param in list(module.named_parameters(recurse=False)):
             cuts = [Shard(min(cut.dim, param.ndim - 1)) if isinstance(cut, Shard) else cut for cut in placements]
-            module.register_parameter(name, nn.Parameter(distribute_tensor(param.detach(), mesh, cuts)))
+            module.register_parameter(name, nn.Parameter(distributed(param.detach(), mesh, cuts)))
 
 
 def shard_columns(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from stac_optimizer import STAC, partition_trainable_layers, where
 from tests.ranks import run_ranks
 from tests.runs import process_group
+from tests.sharded import Gradients
 from tests.support import assert_same_bits, seeded_loss, small_model, snapshot, take_steps
 
 MESSAGE = "none of the optimizer's parameters has had a gradient in 3 steps.*fully_shard.*build the optimizer after"
@@ -94,8 +95,7 @@ def _shard_too_late() -> None:
     optimizer = STAC(model)
     fully_shard(model)
     for step in range(3):
-        optimizer.zero_grad()
-        seeded_loss(model, step).backward()
+        Gradients(model).set(step)
         if step < 2:
             optimizer.step()
     with pytest.raises(RuntimeError, match=MESSAGE):
