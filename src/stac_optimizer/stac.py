@@ -377,6 +377,8 @@ class STAC(Optimizer):
     def _count_idle_steps(self, groups: Sequence[Group]) -> None:
         """Refuse to go on without any gradient ever: a step that does nothing would otherwise not show.
 
+        Not where parameters have no names: libraries that deal them out over ranks may give one rank unused ones alone.
+
         Raises:
             RuntimeError: at the third such step.
         """
@@ -385,7 +387,7 @@ class STAC(Optimizer):
         params = [param for group in groups for param in group["params"]]
         self._had_gradient = any(param.grad is not None for param in params)
         is_idle = not self._had_gradient and any(param.requires_grad for param in params)
-        if not is_idle or self._release is not None:
+        if not is_idle or self._release is not None or any("param_names" not in group for group in groups):
             return
         self._idle_steps = min(self._idle_steps + 1, IDLE_STEPS)
         if self._idle_steps == IDLE_STEPS:
