@@ -172,7 +172,10 @@ def test_loading_restores_every_hyperparameter() -> None:
     _, target = stepped(0, dtype=torch.bfloat16)
     for saved, present in zip(source.state_dict()["param_groups"], target.state_dict()["param_groups"], strict=True):
         structure = {"params", "param_names", "stac_role", "rule", "layer_names", "layer_types"}
-        assert {key for key in saved if saved[key] == present[key]} == {"fused", "differentiable", *structure}
+        assert {key for key in saved if saved[key] == present[key]} == {
+            *("fused", "differentiable", "trunk_vote"),
+            *structure,
+        }
     target.load_state_dict(through_file(source.state_dict()))
     assert_same_bits(target.state_dict(), source.state_dict())
 

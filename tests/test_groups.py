@@ -39,14 +39,15 @@ def test_defaults_of_constructor_are_those_of_the_rules() -> None:
     arguments = inspect.signature(STAC).parameters
     known = hyperparameters()
     of_roles = {f"{role}_{name}" for role in ("trunk", "cap") for name in ("lr", "weight_decay")}
-    assert set(arguments) == {"params", "last_n_layers", "cap"} | of_roles | set(known)
+    set_by_vote = {"trunk_vote"}
+    assert set(arguments) == {"params", "last_n_layers", "cap", "vote"} | of_roles | set(known) - set_by_vote
     for name, argument in arguments.items():
         if name in known:
             assert argument.default == known[name].default
             assert type(argument.default) is type(known[name].default)
         assert argument.kind is (argument.POSITIONAL_OR_KEYWORD if name in ("params", "lr") else argument.KEYWORD_ONLY)
     assert arguments["last_n_layers"].default == 1
-    assert all(arguments[name].default is None for name in (*of_roles, "cap"))
+    assert all(arguments[name].default is None for name in (*of_roles, "cap", "vote"))
 
 
 def test_groups_of_model_are_trunk_and_cap() -> None:

@@ -190,13 +190,21 @@ def _refuse_ranks() -> None:
 
 
 def _refuse_group(group: Group) -> None:
-    for flag, reason in (
-        ("differentiable", "a recorded step must not change weights that the backward under way still needs"),
-        ("trunk_vote", "ranks vote in step, on all averages together"),
-        ("error_if_nonfinite", "it promises that nothing changes where any gradient is bad, and earlier ones are gone"),
+    for flag, reason, way_out in (
+        (
+            "differentiable",
+            "a recorded step must not change weights that the backward under way still needs",
+            "Pass differentiable=False",
+        ),
+        (
+            "error_if_nonfinite",
+            "it promises that nothing changes where any gradient is bad, and earlier ones are gone",
+            "Pass error_if_nonfinite=False",
+        ),
+        ("trunk_vote", "ranks vote in step, on all averages together", "Build the optimizer without vote"),
     ):
         if group[flag]:
             raise RuntimeError(
-                f"release_gradients does not work with {flag}={group[flag]!r} ({group['stac_role']}): {reason}. Do "
-                f"without, or {ORDINARY_LOOP}"
+                f"release_gradients does not work with {flag}={group[flag]!r} ({group['stac_role']}): {reason}. "
+                f"{way_out}, or {ORDINARY_LOOP}"
             )

@@ -132,20 +132,22 @@ class Compiled(NamedTuple):
 def _compiled(variant: Variant) -> Compiled | None:
     """The kernels of a variant, or None and one warning where they cannot be compiled."""
 
+    is_coded, maximize = variant.is_coded, variant.maximize  # dynamo of torch 2.6 reads no properties of a variant
+
     # Where dynamo is disabled these run as they stand, on whole tensors: better not at all.
     def count(tensors: Sequence[Tensor], numbers: Numbers) -> Tensor | None:
         if not torch.compiler.is_compiling():
             return None
-        _, grad, *exp_avg = _blocks(tensors, variant)
-        return next_mask(grad, exp_avg, numbers, maximize=variant.maximize).count_nonzero()
+        _, grad, *exp_avg = _blocks(tensors, is_coded=is_coded)
+        return next_mask(grad, exp_avg, numbers, maximize=maximize).count_nonzero()
 
     def step(runs: Sequence[Run], numbers: Numbers) -> bool:
         if not torch.compiler.is_compiling():
             return False
         for tensors, mean, salt in runs:
-            parts = _blocks(tensors, variant)
+            parts = _blocks(tensors, is_coded=is_coded)
             noise = None if salt is None else _rounding.noise_of_run(parts[0], salt)
-            update(parts, numbers, maximize=variant.maximize, mean=mean, noise=noise)
+            update(parts, numbers, maximize=maximize, mean=mean, noise=noise)
         return True
 
     numbers = _probe_numbers(variant)
@@ -183,9 +185,9 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True, fullgraph=True)
 
 
-def _blocks(tensors: Sequence[Tensor], variant: Variant) -> Sequence[Tensor]:
+def _blocks(tensors: Sequence[Tensor], *, is_coded: bool) -> Sequence[Tensor]:
     """Those tensors; where they hold codes the length of their rows, being asked for, is a constant of the kernel."""
-    is_expected = not variant.is_coded or tensors[0].shape[1] == _codes.BLOCK
+    is_expected = not is_coded or tensors[0].shape[1] == _codes.BLOCK
     return tensors if is_expected else ()
 
 

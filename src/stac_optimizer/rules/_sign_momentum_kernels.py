@@ -153,7 +153,7 @@ def update(
     if mean is None and is_traced and isinstance(numbers.lr, Tensor):
         # In one loop comparisons are cheap. The same bits as below: the product of lr with 1, 0 and -1 is exact.
         signed = torch.where(average > 0, numbers.lr, torch.where(average < 0, -numbers.lr, 0.0))
-        move(param, signed.add_(average, alpha=0), numbers._replace(lr=1.0), is_unit=True, noise=noise)
+        move(param, signed.add_(average, alpha=0), 1.0, numbers.decay_factor, is_unit=True, noise=noise)
         return
     if scratch is None or is_traced or torch.is_grad_enabled():
         direction = torch.sign(average)
@@ -162,7 +162,7 @@ def update(
     direction.add_(average, alpha=0)  # Note [Non-finite averages]
     if mean is not None:
         direction.mul_(_mask(average, grad)).div_(mean)
-    move(param, direction, numbers, is_unit=mean is None, noise=noise)
+    move(param, direction, numbers.lr, numbers.decay_factor, is_unit=mean is None, noise=noise)
 
 
 def accumulate(
@@ -181,23 +181,32 @@ def accumulate(
     return grad, average, change
 
 
-def move(param: Tensor, direction: Tensor, numbers: Numbers, *, is_unit: bool, noise: Tensor | None) -> None:
+def move(
+    param: Tensor,
+    direction: Tensor,
+    lr: float | Tensor,
+    decay_factor: float | Tensor | None,
+    *,
+    is_unit: bool,
+    noise: Tensor | None,
+) -> None:
     """Decay weights and move them against a direction, which is used up.
 
     Args:
         param: the weights.
         direction: in arithmetic precision.
-        numbers: what to multiply by.
-        is_unit: whether the direction holds 1, 0 and -1 alone.
+        lr: what it is multiplied by.
+        decay_factor: what weights are multiplied by first, or None.
+        is_unit: whether the product of lr and direction is exact, as with 1, 0 and -1.
         noise: 16 random bits for each weight, to round by; None to round to nearest.
     """
     weight = _tensors.upcast(param)
-    if numbers.decay_factor is not None:
-        weight.mul_(numbers.decay_factor)
-    if is_unit and not isinstance(numbers.lr, Tensor):
-        weight.sub_(direction, alpha=numbers.lr)  # a pass less, and the same bits: a product with 1, 0 or -1 is exact
+    if decay_factor is not None:
+        weight.mul_(decay_factor)
+    if is_unit and not isinstance(lr, Tensor):
+        weight.sub_(direction, alpha=lr)  # a pass less, and the same bits
     else:
-        weight.sub_(direction.mul_(numbers.lr))
+        weight.sub_(direction.mul_(lr))
     if noise is None:
         _tensors.downcast(weight, param)
     else:
