@@ -1,4 +1,4 @@
-"""What the fork server of :mod:`tests.ranks` imports once for all processes."""
+"""What the fork server of :mod:`tests.ranks` imports once for all processes. DTensor imports torch._dynamo late."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch._dynamo  # as the first step of any optimizer does
 import torch.distributed.checkpoint.state_dict
 import torch.distributed.device_mesh
 import torch.distributed.fsdp
+import torch.distributed.optim
 import torch.distributed.tensor
 import torch.nn.parallel
 

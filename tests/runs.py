@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict as torch_state_dict
 
 from stac_optimizer import STAC
 from tests.support import assert_same_bits, seeded_loss, small_model, snapshot, take_steps, through_file
@@ -84,3 +86,8 @@ def process_group(folder: Path) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def has_flattened_without_state() -> bool:
+    """Whether this torch can load a flattened state dict in which some parameter has no state."""
+    return "_reconstruct_nested_dict" in inspect.getsource(torch_state_dict)

@@ -218,7 +218,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "^group 1: unknown key 'weight_dekay'; allowed are .*weight_decay",
     ),
     "argument-as-key": (lambda: [group_of("cap", "0", cap_lr=0.1)], ValueError, "^group 0: unknown key 'cap_lr'"),
-    "empty": (lambda: [group_of("cap", "0"), group_of("cap")], ValueError, "^group 1: params must hold at least one"),
+    "exhausted": (
+        lambda: [group_of("cap", "0"), {**CAP, "params": iter([])}],
+        ValueError,
+        "^group 1: params must hold at least one .*exhausted",
+    ),
     "no-params": (lambda: [CAP], ValueError, "^group 0: params is missing"),
     "params-no-iterable": (lambda: [{**CAP, "params": 1}], TypeError, "group 0: params .*int"),
     "params-set": (lambda: [{**CAP, "params": {SHARED}}], TypeError, "ordered|set"),
@@ -251,6 +255,22 @@ def test_wrong_params_raise(build: Callable[[], Any], error: type[Exception], me
 def test_choice_of_layers_beside_explicit_groups_raises(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(arguments))} "):
         STAC([group_of("cap", "0")], **arguments)
+
+
+@pytest.mark.parametrize("fused", [None, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("layers", [(), ("0",)], ids=["all-empty", "one-empty"])
+def test_group_may_be_an_empty_list(layers: tuple[str, ...], fused: bool | None) -> None:
+    given = [group_of("trunk"), group_of("cap", *layers), {"params": (), "stac_role": "cap"}]
+    optimizer = STAC(given, fused=fused, error_if_nonfinite=True)
+    for param in (param for group in optimizer.param_groups for param in group["params"]):
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert len(optimizer.state) == 2 * len(layers)
+    assert optimizer.partition.cap_layer_names == layers
+    assert [group["lr"] for group in optimizer.param_groups] == [0.75e-3, 1e-3, 1e-3]
+    resumed = STAC(given, lr=0.5)
+    resumed.load_state_dict(through_file(optimizer.state_dict()))
+    assert_same_bits(resumed.state_dict(), optimizer.state_dict())
 
 
 def test_layer_in_two_groups_of_a_role_is_listed_once() -> None:

@@ -74,6 +74,33 @@ def test_who_averages_the_cap_makes_no_difference() -> None:
         assert_same_bits(run_ranks(train, 2, strategy, 10)[0], expected)
 
 
+def wrapped_inside() -> Weights:
+    """A trunk wrapped by itself within the model, and a trunk group whose rule is not a vote's."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        DistributedDataParallel(nn.Linear(6, 5)), DistributedDataParallel(nn.Linear(5, 4)), nn.Linear(4, 3)
+    )
+    optimizer = voting(model)
+    adamw = small_model()
+    groups = [
+        {"params": list(adamw[0].named_parameters("0")), "stac_role": "trunk"},
+        {"params": list(adamw[1].named_parameters("1")), "stac_role": "trunk", "rule": "adamw"},
+        {"params": list(adamw[3].named_parameters("3")), "stac_role": "cap"},
+    ]
+    explicit = STAC(groups, lr=1e-2, vote=MajorityVote())
+    for step in range(4):
+        for each, held in ((model, optimizer), (adamw, explicit)):
+            held.zero_grad()
+            seeded_loss(each, seed_of(step)).backward()
+            held.step()
+    return {**model.state_dict(), **{f"adamw.{name}": weight for name, weight in adamw.state_dict().items()}}
+
+
+def test_parts_that_are_wrapped_by_themselves_and_rules_that_do_not_vote() -> None:
+    first, second = run_ranks(wrapped_inside, 2)
+    assert_same_bits(first, second)
+
+
 class Branches(nn.Module):
     """Each rank uses a branch of its own; no rank the last one."""
 

@@ -47,7 +47,9 @@ def pack_(values: Tensor, planes: Tensor) -> None:
             up, for binary ones.
     """
     signs = torch.sign(values).to(torch.int8)
-    eights = pad(signs, (0, -signs.numel() % WORD)).view(torch.int64)
+    if signs.numel() % WORD:
+        signs = pad(signs, (0, -signs.numel() % WORD))
+    eights = signs.view(torch.int64)
     minus = (eights >> 7).bitwise_and_(LOWEST)  # -1 has all bits of its byte
     if len(planes) == 1:
         _gather_(minus.bitwise_xor_(LOWEST), planes[0])

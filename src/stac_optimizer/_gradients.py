@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from stac_optimizer._groups import name_of, named_parameters
-from stac_optimizer._tensors import are_finite, are_zero, is_sharded, local_views
+from stac_optimizer._tensors import are_finite, are_zero, local_views
 from stac_optimizer.rules import RULES, Group
 from stac_optimizer.vote import Voters
 
@@ -72,7 +72,7 @@ def check_finite(groups: Sequence[Group]) -> None:
 def agree(voters: Voters, groups: Sequence[Group], *, has_state: bool) -> bool:
     """Check gradients on all ranks, and bring them where the rules of each rank find the same ones; a collective.
 
-    Gradients that only some ranks have become zeros on the others, and those of the cap the mean over ranks.
+    Gradients that only some ranks have become zeros on the others; those that are not voted on, the mean over ranks.
 
     Args:
         voters: the ranks.
@@ -105,8 +105,9 @@ def agree(voters: Voters, groups: Sequence[Group], *, has_state: bool) -> bool:
         if is_wanted and param.grad is None:
             param.grad = torch.zeros_like(param)
     if moves:
-        cap = [param for group in groups if group["stac_role"] == "cap" for param in group["params"]]
-        voters.average_cap_([param.grad for param in cap if param.grad is not None and not is_sharded(param)])
+        voters.average_gradients_(
+            param for group in groups if not RULES[group["rule"]].votes for param in group["params"]
+        )
     return not moves
 
 

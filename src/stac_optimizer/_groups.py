@@ -172,7 +172,7 @@ def _explicit_groups(given: Iterable[Any], role_defaults: Mapping[str, Mapping[s
 
     Raises:
         TypeError: a value of the wrong type.
-        ValueError: a role or rule that does not exist, an unknown key, an empty group, a value out of range.
+        ValueError: a role or rule that does not exist, an unknown key, an exhausted iterator, a value out of range.
     """
     allowed = STRUCTURE_KEYS | TORCH_KEYS | set(hyperparameters())
     groups = []
@@ -189,7 +189,12 @@ def _explicit_groups(given: Iterable[Any], role_defaults: Mapping[str, Mapping[s
         structure = {"params": params, **_structure(role, rule, _named_layers(params))}
         kept = {key: group[key] for key in group if key in TORCH_KEYS}
         groups.append({**structure, **kept, **checked({**role_defaults[role], **group}, where)})
-    _refuse_repeated([item for group in groups for item in group["params"]])
+    items = [item for group in groups for item in group["params"]]
+    _refuse_repeated(items)
+    if any(isinstance(item, tuple) for item in items):
+        for group in groups:
+            if not group["params"]:
+                group["param_names"] = []  # torch wants names in every group or in none
     return groups
 
 
@@ -218,9 +223,14 @@ def _given_params(group: Mapping[str, Any], where: str) -> list[Any]:
         raise TypeError(
             f"{where}params must be a parameter or an ordered iterable of them, got {type(params).__name__}"
         )
+    # An empty list is meant, as a wrapper means it that deals parameters out to ranks.
+    is_meant = isinstance(params, list | tuple)
     params = [params] if isinstance(params, Tensor) else list(params)
-    if not params:
-        raise ValueError(f"{where}params must hold at least one parameter, got none")
+    if not params and not is_meant:
+        raise ValueError(
+            f"{where}params must hold at least one parameter, got an iterator that yields none and may have been "
+            "exhausted before; a group that is meant to be empty takes an empty list"
+        )
     names = group.get("param_names")
     if names is not None and not isinstance(names, list | tuple):
         raise TypeError(f"{where}param_names must be a list of names, got {type(names).__name__}")
@@ -288,9 +298,14 @@ def check_vote(groups: Iterable[Group], encoding: str | None) -> None:
 
 
 def named_parameters(groups: Iterable[Group]) -> Iterator[tuple[str, Tensor, Group]]:
-    """Every parameter with a name to call it by, and its group."""
+    """Every parameter with a name to call it by, and its group.
+
+    Names that are not as many as the parameters are of others: DeepSpeed puts flat partitions in their place.
+    """
     for index, group in enumerate(groups):
-        names = group.get("param_names") or [f"<group {index}>.{number}" for number in range(len(group["params"]))]
+        names = group.get("param_names") or ()
+        if len(names) != len(group["params"]):
+            names = [f"<group {index}>.{number}" for number in range(len(group["params"]))]
         for name, param in zip(names, group["params"], strict=True):
             yield name, param, group
 

@@ -205,8 +205,11 @@ def is_joining(ddp: torch.nn.parallel.DistributedDataParallel) -> bool:
 
 
 def zeros_by_row(param: Tensor, rows: int, columns: int) -> Tensor:
-    """A float32 matrix of zeros with a row for each row of a parameter, and sharded as that is."""
-    if not is_sharded(param):
+    """A float32 matrix of zeros with a row for each row of a parameter, and sharded as that is.
+
+    One without columns is not: there is nothing to shard, and torch 2.6 cannot gather it.
+    """
+    if not is_sharded(param) or not columns:
         return torch.zeros((rows, columns), dtype=torch.float32, device=param.device)
     sharded: Any = param
     local_rows = sharded.to_local().shape[:1].numel()  # 1 for a scalar

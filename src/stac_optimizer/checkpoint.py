@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from stac_optimizer._groups import STRUCTURE_KEYS, TORCH_KEYS, check_fitness, checked, named_parameters
+from stac_optimizer._tensors import is_sharded
 from stac_optimizer._validation import mapping, non_negative
 from stac_optimizer.rules import RULES, Group, StateTensor, hyperparameters
 
@@ -154,4 +155,11 @@ def _copied(what: str, value: Any, param: Tensor, declared: StateTensor, group: 
     is_alike = (value.is_floating_point(), value.is_complex()) == (param.is_floating_point(), param.is_complex())
     if value.dtype != expected and not is_alike:
         raise ValueError(f"{what} is {value.dtype}, that of the parameter {expected}")
-    return torch.empty_like(declared.create(param, group), dtype=value.dtype).copy_(value.detach())
+    created = declared.create(param, group)
+    if is_sharded(value) != is_sharded(created):
+        given, needed = ("sharded", "whole") if is_sharded(value) else ("whole", "sharded")
+        raise ValueError(
+            f"{what} is {given}, that of the parameter {needed}; torch.distributed.checkpoint.state_dict makes state "
+            "dicts whole with StateDictOptions(full_state_dict=True), and loads them into shards with it"
+        )
+    return torch.empty_like(created, dtype=value.dtype).copy_(value.detach())

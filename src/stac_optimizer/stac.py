@@ -200,7 +200,7 @@ class STAC(Optimizer):
         voters = None if vote is None else Voters.of(vote, params)
         check_agreement(self.param_groups, scopes_of(params, self.param_groups, voters and voters.group))
         if voters is not None:
-            voters.hook(self.partition.trunk_parameters)
+            voters.hook(p for group in self.param_groups if RULES[group["rule"]].votes for p in group["params"])
             self._voters = voters
         for group in self.param_groups:
             names = [name for name, _, _ in named_parameters([group])]

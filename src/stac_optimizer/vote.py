@@ -5,13 +5,14 @@ Knows no rule: what is voted on, the rules put into a :class:`Ballot`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from stac_optimizer import _bits, _tensors
 from stac_optimizer._validation import one_of
@@ -91,26 +92,27 @@ class Voters:
     Args:
         vote: the user's choice.
         group: the ranks.
-        ddp: the model, where its gradients' averages are to be the cap's alone.
+        wrapped: the modules whose gradients' averages are to be the cap's alone.
     """
 
-    def __init__(self, vote: MajorityVote, group: Any, ddp: nn.parallel.DistributedDataParallel | None = None) -> None:
+    def __init__(self, vote: MajorityVote, group: Any, wrapped: Sequence[DistributedDataParallel] = ()) -> None:
         self.vote = vote
         self.group = group
         self.size = dist.get_world_size(group)
         if vote.encoding == "int8" and self.size > MOST_INT8_VOTERS:
             raise ValueError(f"encoding='int8' sums at most {MOST_INT8_VOTERS} votes, got {self.size} ranks")
-        self._ddp = ddp
-        self._has_averaged = False
+        self._wrapped = wrapped
+        self._averaged: set[int] = set()
 
     @classmethod
     def of(cls, vote: MajorityVote, params: object) -> Voters:
         """Those of an optimizer of these parameters: a module, or whatever else STAC takes."""
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError("vote needs ranks; call torch.distributed.init_process_group first")
-        ddp = params if isinstance(params, nn.parallel.DistributedDataParallel) else None
-        default = dist.group.WORLD if ddp is None else ddp.process_group
-        return cls(vote, vote.process_group or default, ddp)
+        modules = params.modules() if isinstance(params, nn.Module) else ()
+        wrapped = [module for module in modules if isinstance(module, DistributedDataParallel)]
+        default = wrapped[0].process_group if wrapped else dist.group.WORLD
+        return cls(vote, vote.process_group or default, wrapped)
 
     # A copy does not hear of the hook, and averages the cap by itself.
     def __deepcopy__(self, memo: dict[int, Any]) -> Voters:
@@ -123,48 +125,50 @@ class Voters:
             )
         return Voters.of, (self.vote, None)
 
-    def hook(self, trunk: Sequence[Tensor]) -> None:
-        """Let DistributedDataParallel average the cap's gradients alone."""
-        if self._ddp is not None:
-            kept = {id(param) for param in trunk}
+    def hook(self, voted: Iterable[Tensor]) -> None:
+        """Let DistributedDataParallel leave alone the gradients of parameters that are voted on."""
+        kept = set(map(id, voted))
+        for ddp in self._wrapped:
             # torch reads a hook's annotations, which it wants as types, or not at all.
-            self._ddp.register_comm_hook(kept, lambda trunk, bucket: self._average_cap_of(trunk, bucket))  # noqa: PLW0108
+            ddp.register_comm_hook(kept, lambda kept, bucket: self._average_rest_of(kept, bucket))  # noqa: PLW0108
 
-    def _average_cap_of(self, trunk: set[int], bucket: Any) -> Any:
-        """The hook: what it leaves alone, each rank keeps as its own."""
+    def _average_rest_of(self, kept: set[int], bucket: Any) -> Any:
+        """The hook."""
         self.refuse_join()
-        self._has_averaged = True
         buffer = bucket.buffer()
-        held = zip(bucket.parameters(), bucket.gradients(), strict=True)
-        cap = [grad for param, grad in held if id(param) not in trunk]
-        if not cap:
+        held = zip(map(id, bucket.parameters()), bucket.gradients(), strict=True)
+        rest = {param: grad for param, grad in held if param not in kept}
+        if not rest:
             done: torch.futures.Future[Tensor] = torch.futures.Future()
             done.set_result(buffer)
             return done
-        flat, work = self._start_sum(cap)
+        self._averaged.update(rest)
+        grads = list(rest.values())
+        flat, work = self._start_sum(grads)
 
         def finish(_: object) -> Any:
-            self._finish_mean(flat, cap)
+            self._finish_mean(flat, grads)
             return buffer
 
         return work.get_future().then(finish)
 
     def refuse_join(self) -> None:
         """Raise where ranks may end before others: a vote would wait for them for ever."""
-        if self._ddp is not None and _tensors.is_joining(self._ddp):
+        if any(map(_tensors.is_joining, self._wrapped)):
             raise RuntimeError(
                 "vote cannot go on without the ranks that have left: give all ranks as many batches, not join()"
             )
 
-    def average_cap_(self, grads: Sequence[Tensor]) -> None:
-        """Average plain gradients over ranks in place, unless DistributedDataParallel has done so in this iteration."""
-        if not self._has_averaged:
-            by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-            for grad in grads:
+    def average_gradients_(self, params: Iterable[Tensor]) -> None:
+        """Average the plain gradients of parameters in place, but for those that a hook has averaged since the last."""
+        by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for param in params:
+            grad = param.grad
+            if grad is not None and id(param) not in self._averaged and not _tensors.is_sharded(grad):
                 by_kind.setdefault((grad.device, grad.dtype), []).append(grad)
-            for some in by_kind.values():
-                self.average_(some)
-        self._has_averaged = False
+        for some in by_kind.values():
+            self.average_(some)
+        self._averaged.clear()
 
     def average_(self, tensors: Sequence[Tensor]) -> None:
         """Average tensors of one device and dtype over ranks, in place, by one all-reduce."""

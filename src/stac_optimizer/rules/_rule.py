@@ -138,6 +138,9 @@ class Rule(ABC):
     paths: ClassVar[frozenset[str]] = frozenset({"single", "foreach"})
     """The ways it can run: "single", "foreach", "fused"."""
 
+    votes: ClassVar[bool] = False
+    """Whether ranks vote on its step with ``trunk_vote``; where not, they average gradients."""
+
     @abstractmethod
     def state_tensors(self, group: Group) -> tuple[StateTensor, ...]:
         """The state that one parameter has under this group's hyper-parameters, counter first."""

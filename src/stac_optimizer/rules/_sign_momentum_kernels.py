@@ -149,7 +149,13 @@ def update(
     """
     param, grad, *exp_avg = tensors
     grad, average, scratch = accumulate(grad, exp_avg, numbers, maximize=maximize)
-    if scratch is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
+    is_traced = torch.compiler.is_compiling()
+    if mean is None and is_traced and isinstance(numbers.lr, Tensor):
+        # In one loop comparisons are cheap. The same bits as below: the product of lr with 1, 0 and -1 is exact.
+        signed = torch.where(average > 0, numbers.lr, torch.where(average < 0, -numbers.lr, 0.0))
+        move(param, signed.add_(average, alpha=0), numbers._replace(lr=1.0), is_unit=True, noise=noise)
+        return
+    if scratch is None or is_traced or torch.is_grad_enabled():
         direction = torch.sign(average)
     else:
         direction = torch.sign(average, out=scratch)  # memory that is still in cache

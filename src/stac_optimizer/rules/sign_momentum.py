@@ -78,6 +78,7 @@ class SignMomentum(Rule):
     }
     state_keys = frozenset({"step", "exp_avg", "exp_avg_scale"})
     paths = frozenset({"single", "foreach", "fused"})
+    votes = True
 
     def state_tensors(self, group: Group) -> tuple[StateTensor, ...]:
         """The counter; with momentum the average, in codes with its scales."""
