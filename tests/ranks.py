@@ -85,6 +85,7 @@ def _work(function: Callable[..., Any], arguments: tuple[Any, ...], group: dict[
     import torch.distributed as dist  # noqa: PLC0415
 
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", r"`torch\.jit.*` is deprecated", DeprecationWarning)  # torch's own
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     outcome: tuple[Any, str | None]

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from stac_optimizer._groups import name_of, named_parameters
-from stac_optimizer._tensors import are_finite, are_zero, local_views
+from stac_optimizer._tensors import are_zero, first_nonfinite, local_views
 from stac_optimizer.rules import RULES, Group
 from stac_optimizer.vote import Voters
 
-__all__ = ["agree", "check_capture", "check_finite", "check_gradients", "only_make_state"]
+__all__ = ["check_capture", "check_scaler", "check_step"]
 
 
 def check_capture(groups: Sequence[Group]) -> None:
@@ -24,6 +24,19 @@ def check_capture(groups: Sequence[Group]) -> None:
         return
     if torch.cuda.is_current_stream_capturing() and not all(group["capturable"] for group in groups):
         raise RuntimeError("a CUDA graph captures this step, but capturable is False; build STAC with capturable=True")
+
+
+def check_scaler(*, is_scaled: bool, votes: bool) -> None:
+    """Refuse what would part ranks that vote.
+
+    Raises:
+        RuntimeError: a GradScaler steps, and ranks vote.
+    """
+    if is_scaled and votes:
+        raise RuntimeError(
+            "a GradScaler's scale follows the gradients of its own rank, and so would part ranks that vote; train in "
+            "bfloat16 without a scaler (or with enabled=False)"
+        )
 
 
 def check_gradients(groups: Sequence[Group], all_groups: Sequence[Group], *, rest_may_have_changed: bool) -> None:
@@ -54,36 +67,23 @@ def check_finite(groups: Sequence[Group]) -> None:
         RuntimeError: naming the first parameter with one.
     """
     held = [
-        (name, group["stac_role"], param.grad)
+        (name, group["stac_role"], param, param.grad)
         for name, param, group in named_parameters(groups)
         if (group["error_if_nonfinite"] or group["trunk_vote"]) and param.grad is not None
     ]
-    if not are_finite([grad for _, _, grad in held]):
-        # Every gradient is asked about, also behind the first bad one: to ask about a shard is a collective of all
-        # ranks, and a plain gradient may be bad on this rank alone.
-        bad = [f"{name!r} ({role})" for name, role, grad in held if not are_finite([grad])]
-        where = f"the gradient of {bad[0]}" if bad else "a gradient of another rank"
+    found = first_nonfinite([grad for _, _, _, grad in held], [param for _, _, param, _ in held])
+    if found is not None:
+        name, role, *_ = held[found]
         raise RuntimeError(
-            f"{where} holds NaN or infinity. Nothing was changed; skip this batch, lower the lr or clip gradients, or "
-            "(without vote) pass error_if_nonfinite=False to let the weight become NaN"
+            f"the gradient of {name!r} ({role}) holds NaN or infinity. Nothing was changed; skip this batch, lower "
+            "the lr or clip gradients, or (without vote) pass error_if_nonfinite=False to let the weight become NaN"
         )
 
 
-def agree(voters: Voters, groups: Sequence[Group], *, has_state: bool) -> bool:
-    """Check gradients on all ranks, and bring them where the rules of each rank find the same ones; a collective.
+def _agree(voters: Voters, groups: Sequence[Group], *, is_first: bool) -> bool:
+    """The checks of :func:`check_step` on all ranks, after which the rules of each find the same gradients to act on.
 
-    Gradients that only some ranks have become zeros on the others; those that are not voted on, the mean over ranks.
-
-    Args:
-        voters: the ranks.
-        groups: the optimizer's.
-        has_state: whether this is not a first step.
-
-    Returns:
-        What :func:`only_make_state` finds, of all ranks.
-
-    Raises:
-        RuntimeError: on every rank, what is wrong on any.
+    Those that only some ranks have become zeros on the others; those that are not voted on, the mean over ranks.
     """
     voters.refuse_join()
     error: RuntimeError | None = None
@@ -91,7 +91,7 @@ def agree(voters: Voters, groups: Sequence[Group], *, has_state: bool) -> bool:
     try:
         check_gradients(groups, groups, rest_may_have_changed=False)
         check_finite(groups)
-        makes_state = not has_state and only_make_state(groups)
+        makes_state = is_first and only_make_state(groups)
     except RuntimeError as raised:
         error = raised
     params = [param for group in groups for param in group["params"]]
@@ -109,6 +109,39 @@ def agree(voters: Voters, groups: Sequence[Group], *, has_state: bool) -> bool:
             param for group in groups if not RULES[group["rule"]].votes for param in group["params"]
         )
     return not moves
+
+
+def check_step(
+    groups: Sequence[Group],
+    all_groups: Sequence[Group],
+    *,
+    voters: Voters | None,
+    is_scaled: bool,
+    is_first: bool,
+    rest_may_have_changed: bool,
+) -> bool:
+    """All checks of gradients; a collective where ranks vote.
+
+    Args:
+        groups: those to step.
+        all_groups: the optimizer's, which know the names.
+        voters: the ranks that vote, or None.
+        is_scaled: whether a GradScaler has multiplied the gradients, and looked for NaN and infinity.
+        is_first: whether this may be the hidden step that makes state.
+        rest_may_have_changed: as for :func:`check_gradients`.
+
+    Returns:
+        Whether the step is only to make state.
+
+    Raises:
+        RuntimeError: what is wrong; where ranks vote on every rank, what is wrong on any.
+    """
+    if voters is not None:
+        return _agree(voters, groups, is_first=is_first)
+    check_gradients(groups, all_groups, rest_may_have_changed=rest_may_have_changed)
+    if not is_scaled and any(group["error_if_nonfinite"] for group in groups):
+        check_finite(groups)
+    return is_first and only_make_state(groups)
 
 
 def only_make_state(groups: Sequence[Group]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,13 @@ __all__ = ["ROOT", "Layers", "STACLayer", "find_layers", "layer_of", "unwrapped"
 
 ROOT = "<root>"
 
-# Names that torch.compile, activation checkpointing and FSDP put between a module and what they wrap.
-WRAPPED_NAMES = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+# Names that torch.compile, activation checkpointing and FSDP1 put between a module and what they wrap.
+FSDP1_NAME = "_fsdp_wrapped_module"
+WRAPPED_NAMES = frozenset({"_orig_mod", "_checkpoint_wrapped_module", FSDP1_NAME})
+FSDP1_REFUSAL = (
+    "{}, which flattens the parameters of several layers into one, so that roles and shapes are gone. Use fully_shard "
+    "of torch.distributed.fsdp instead, and build the optimizer after it"
+)
 # These call it "module", as a user may: only under them it is a wrapper's name.
 WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
@@ -80,7 +86,8 @@ def find_layers(model: nn.Module | Iterable[tuple[str, Tensor]]) -> Layers:
 
     Raises:
         TypeError: ``model`` is neither a module nor an iterable of (name, parameter).
-        ValueError: nothing in it is trainable, a name stands twice, or a lazy parameter has no shape yet.
+        ValueError: nothing in it is trainable, a name stands twice, a lazy parameter has no shape yet, or FSDP1 has
+            flattened the parameters.
     """
     if not isinstance(model, nn.Module | Iterable) or isinstance(model, set | frozenset):
         raise TypeError(f"model must be a module, or (name, parameter) pairs in order, got {type(model).__name__}")
@@ -95,8 +102,8 @@ def find_layers(model: nn.Module | Iterable[tuple[str, Tensor]]) -> Layers:
         owned = [item for item in trainable if owners.setdefault(id(item[1]), item[0]) == item[0]]
         if owned:
             names, parameters = zip(*owned, strict=True)
-            type_name = type(module).__name__ if module is not None else ""
-            layers.append(STACLayer(name=name, parameter_names=names, parameters=parameters, type_name=type_name))
+            layer = STACLayer(name=name, parameter_names=names, parameters=parameters, type_name=_type_name(module))
+            layers.append(layer)
             modules.append(module)
             trailing_ties.clear()
         elif trainable:
@@ -106,6 +113,22 @@ def find_layers(model: nn.Module | Iterable[tuple[str, Tensor]]) -> Layers:
     if not layers:
         raise ValueError("model has no trainable parameters; at least one must have requires_grad=True")
     return Layers(layers=tuple(layers), modules=tuple(modules), ties=tuple(ties), trailing_ties=tuple(trailing_ties))
+
+
+def _fsdp_class(name: str) -> tuple[type, ...]:
+    """A class of torch.distributed.fsdp; none where nobody has imported that, and so nobody can have used it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return () if fsdp is None else (getattr(fsdp, name),)
+
+
+def _type_name(module: nn.Module | None) -> str:
+    """The name of a module's class as its author knows it: FSDP2 puts a subclass in its place."""
+    if module is None:
+        return ""
+    kind = type(module)
+    if isinstance(module, _fsdp_class("FSDPModule")):
+        kind = next(base for base in kind.__bases__ if issubclass(base, nn.Module))
+    return kind.__name__
 
 
 def _join(path: str, name: str) -> str:
@@ -123,6 +146,7 @@ def writable(full_name: str, parameter: Tensor) -> Tensor:
 
 def _held_by_module(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[tuple[str, Tensor]]]]:
     """Each module's clean path and the parameters that it holds itself."""
+    fsdp1 = _fsdp_class("FullyShardedDataParallel")
     cleaned: dict[str, tuple[str, nn.Module]] = {}
     for path, module in model.named_modules():
         parent_path, _, own_name = path.rpartition(".")
@@ -132,6 +156,8 @@ def _held_by_module(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[tup
             is_wrapped = own_name in WRAPPED_NAMES or (own_name == "module" and isinstance(parent, WRAPPERS))
             clean = clean_parent if is_wrapped else _join(clean_parent, own_name)
         cleaned[path] = (clean, module)
+        if isinstance(module, fsdp1):
+            raise ValueError(FSDP1_REFUSAL.format(f"model holds FullyShardedDataParallel as {path or ROOT!r}"))
         held = module.named_parameters(recurse=False)
         named = [(_join(clean, name), parameter) for name, parameter in held]
         yield clean or ROOT, module, [(name, writable(name, parameter)) for name, parameter in named]
@@ -162,6 +188,8 @@ def _held_by_name(named_parameters: Iterable[Any]) -> Iterator[tuple[str, None, 
                 f"{type(item).__name__}. Parameters without names do not tell which layers they form: pass the model "
                 "itself, or group dicts with a stac_role"
             )
+        if FSDP1_NAME in item[0].split("."):
+            raise ValueError(FSDP1_REFUSAL.format(f"the name {item[0]!r} is one of FullyShardedDataParallel"))
         name = unwrapped(item[0])
         layer = held.setdefault(layer_of(name), {})
         if name in layer:

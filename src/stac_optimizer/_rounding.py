@@ -45,7 +45,7 @@ def counts(steps: Sequence[Tensor]) -> Tensor:
     return torch.stack([step.to(steps[0].device) for step in steps])
 
 
-def salts(seed: int, positions: Sequence[int], steps: Tensor, *, kind: int = 0) -> Tensor:
+def salts(seed: int, positions: Sequence[int], steps: Tensor, *, kind: int = 0, offsets: Sequence[int] = ()) -> Tensor:
     """One 32-bit integer for each parameter and step.
 
     Args:
@@ -53,14 +53,18 @@ def salts(seed: int, positions: Sequence[int], steps: Tensor, *, kind: int = 0) 
         positions: for each parameter its place among all of the run.
         steps: what :func:`counts` made.
         kind: tells the tensors of one parameter apart, up to 3.
+        offsets: for each parameter the index of its first element, where this rank holds a part of it; none: 0.
     """
-    places = [4 * position + kind for position in positions]
+    places = _table([4 * position + kind for position in positions], steps.device)
+    salt = _mixed((places * SPREAD).add_(_wrapped(seed)))
+    salt = _mixed(salt.add_(steps.to(torch.int32).mul_(SPREAD)))
+    return salt + _table([_wrapped(offset * SPREAD) for offset in offsets], salt.device) if any(offsets) else salt
+
+
+def _table(values: Sequence[int], device: torch.device) -> Tensor:
     if torch.compiler.is_compiling():
-        table = torch.tensor(places, device=steps.device)
-    else:
-        table = _device_tables.integers(places, steps.device)
-    salt = _mixed((table.to(torch.int32) * SPREAD).add_(_wrapped(seed)))
-    return _mixed(salt.add_(steps.to(torch.int32).mul_(SPREAD)))
+        return torch.tensor(values, dtype=torch.int32, device=device)
+    return _device_tables.integers(values, device).to(torch.int32)
 
 
 def noise_of(piece: Piece, unit: Unit, salt: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from stac_optimizer import checkpoint
 from stac_optimizer._agreement import check_agreement, scopes_of
-from stac_optimizer._gradients import agree, check_capture, check_finite, check_gradients, only_make_state
+from stac_optimizer._gradients import check_capture, check_scaler, check_step
 from stac_optimizer._groups import build_groups, check_fitness, check_vote, checked, named_parameters, partition_of
 from stac_optimizer._release import GradientRelease
 from stac_optimizer._validation import mapping, warn
@@ -21,6 +21,9 @@ from stac_optimizer.selectors import Selector
 from stac_optimizer.vote import MajorityVote, Voters
 
 __all__ = ["STAC"]
+
+# An optimizer whose parameters never had a gradient raises at this step.
+IDLE_STEPS = 3
 
 
 class STAC(Optimizer):
@@ -111,7 +114,8 @@ class STAC(Optimizer):
             differs: ranks that share a DDP model or DTensors, or vote, and build different optimizers; all of them
             must build.
         RuntimeError: from :meth:`step`, before anything has changed: a sparse gradient, a non-finite one under
-            ``error_if_nonfinite``, one that the cap's AdamW cannot apply. From :meth:`add_param_group`, always.
+            ``error_if_nonfinite``, one that the cap's AdamW cannot apply; the third step of an optimizer none of whose
+            parameters ever had a gradient. From :meth:`add_param_group`, always.
 
     Example:
         >>> import torch
@@ -136,6 +140,8 @@ class STAC(Optimizer):
     _accepts_groups = False
     _release: GradientRelease | None = None
     _voters: Voters | None = None
+    _had_gradient = False
+    _idle_steps = 0
 
     def __init__(
         self,
@@ -331,11 +337,7 @@ class STAC(Optimizer):
         check_capture(groups)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         is_scaled = found_inf is not None
-        if is_scaled and self._voters is not None:
-            raise RuntimeError(
-                "a GradScaler's scale follows the gradients of its own rank, and so would part ranks that vote; train "
-                "in bfloat16 without a scaler (or with enabled=False)"
-            )
+        check_scaler(is_scaled=is_scaled, votes=self._voters is not None)
         if found_inf is not None:
             if all(RULES[group["rule"]].skips_by_itself(group, self.state) for group in groups):
                 found_inf = (found_inf != 0).to(torch.float32)  # as a sum over devices it may be more than 1
@@ -343,13 +345,16 @@ class STAC(Optimizer):
                 return
             else:
                 found_inf = None
-        if self._voters is not None:
-            only_makes_state = agree(self._voters, groups, has_state=bool(self.state))
-        else:
-            check_gradients(groups, self.param_groups, rest_may_have_changed=self._release is not None)
-            if not is_scaled and any(group["error_if_nonfinite"] for group in groups):
-                check_finite(groups)
-            only_makes_state = position is None and not self.state and only_make_state(groups)
+        only_makes_state = check_step(
+            groups,
+            self.param_groups,
+            voters=self._voters,
+            is_scaled=is_scaled,
+            is_first=position is None and not self.state,
+            rest_may_have_changed=self._release is not None,
+        )
+        if not (only_makes_state or torch.compiler.is_compiling()):
+            self._count_idle_steps(groups)
         start = position or 0
         gathered = []
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
@@ -368,6 +373,30 @@ class STAC(Optimizer):
             if not only_makes_state:
                 with torch.set_grad_enabled(inputs.group["differentiable"]):
                     RULES[inputs.group["rule"]].update(inputs)
+
+    def _count_idle_steps(self, groups: Sequence[Group]) -> None:
+        """Refuse to go on without any gradient ever: a step that does nothing would otherwise not show.
+
+        Not where parameters have no names: libraries that deal them out over ranks may give one rank unused ones alone.
+
+        Raises:
+            RuntimeError: at the third such step.
+        """
+        if self._had_gradient:
+            return
+        params = [param for group in groups for param in group["params"]]
+        self._had_gradient = any(param.grad is not None for param in params)
+        is_idle = not self._had_gradient and any(param.requires_grad for param in params)
+        if not is_idle or self._release is not None or any("param_names" not in group for group in groups):
+            return
+        self._idle_steps = min(self._idle_steps + 1, IDLE_STEPS)
+        if self._idle_steps == IDLE_STEPS:
+            raise RuntimeError(
+                f"none of the optimizer's parameters has had a gradient in {self._idle_steps} steps, so nothing was "
+                "ever updated. Either the model has other parameters by now, as after fully_shard, which replaces "
+                "them: build the optimizer after that. Or backward did not run, or gradients were set to None before "
+                "the step"
+            )
 
     def _init_group(
         self,

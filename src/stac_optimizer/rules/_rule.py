@@ -156,12 +156,21 @@ class Rule(ABC):
                 f"is {param.dtype}, and stochastic_rounding is for torch.bfloat16 alone; give such parameters a group "
                 "of their own with stochastic_rounding=False"
             )
+        if group["stochastic_rounding"] and not _tensors.is_sharded_in_runs(param):
+            return (
+                "is sharded within rows, and stochastic_rounding numbers the elements of whole ones; shard the first "
+                "dimension, or give such parameters a group of their own with stochastic_rounding=False"
+            )
         return None
 
     def refusal(self, param: Tensor, grad: Tensor, group: Group) -> str | None:
         """Why this gradient cannot be applied, or None. Asked for every parameter before any of them changes."""
         if grad.layout != torch.strided:
             return f"has a gradient of layout {grad.layout}; make it dense, for embeddings with sparse=False"
+        if _tensors.is_sharded(param) != _tensors.is_sharded(grad):
+            kinds = ["a plain tensor", "a DTensor"]
+            param_kind, grad_kind = (kinds[_tensors.is_sharded(tensor)] for tensor in (param, grad))
+            return f"is {param_kind} and its gradient {grad_kind}; distribute the gradient as the parameter is"
         if group["differentiable"] and param.is_leaf and param.requires_grad:
             return "is a leaf that requires grad, which a differentiable step cannot change in place; give clones"
         return self.unfitness(param, group) if group["stochastic_rounding"] else None  # a model may have been cast

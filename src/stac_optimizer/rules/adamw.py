@@ -68,10 +68,10 @@ class AdamW(Rule):
         """Call torch, on the path that the flags ask for."""
         params, grads = _tensors.local_views(inputs.params), _tensors.local_views(inputs.grads, inputs.params)
         states = [_tensors.local_views(tensors) for tensors in inputs.states]
-        work = Work(params, grads, states, inputs.group, inputs.grad_scale, inputs.found_inf)
+        work = Work(inputs.params, params, grads, states, inputs.group, inputs.grad_scale, inputs.found_inf)
         path = self.path(inputs.params, inputs.group)
         if inputs.group["stochastic_rounding"]:
-            _rounding_adamw(work, inputs.positions)
+            _rounding_adamw(work, inputs.positions, list(map(_tensors.run_offset, inputs.params)))
         elif path == "fused":
             _fused_adamw(work)
         elif path == "foreach" and not params[0].is_cpu:
@@ -81,8 +81,9 @@ class AdamW(Rule):
 
 
 class Work(NamedTuple):
-    """The update of some parameters of one group: local tensors, list by list; ``states`` starts with the counters."""
+    """The update of some parameters, ``wholes``, of one group by local tensors; ``states`` starts with the counters."""
 
+    wholes: list[Tensor]
     params: list[Tensor]
     grads: list[Tensor]
     states: list[list[Tensor]]
@@ -92,8 +93,9 @@ class Work(NamedTuple):
 
     def only(self, chosen: Sequence[int]) -> Work:
         """The same for the parameters at these positions."""
-        params, grads, *states = [[tensors[i] for i in chosen] for tensors in (self.params, self.grads, *self.states)]
-        return self._replace(params=params, grads=grads, states=states)
+        held = (self.wholes, self.params, self.grads, *self.states)
+        wholes, params, grads, *states = [[tensors[i] for i in chosen] for tensors in held]
+        return self._replace(wholes=wholes, params=params, grads=grads, states=states)
 
     def needs_no_copy(self, index: int) -> bool:
         """Whether gradient and state of a parameter are of its dtype, and the gradient of its layout."""
@@ -109,7 +111,10 @@ class Work(NamedTuple):
 def _fused_adamw(work: Work) -> None:
     walkable = list(map(_is_walkable, work.params, zip(*work.states, strict=True)))
     # What needs copies goes one by one in blocks. torch's kernel writes the unscaled gradients back, hence the clone.
-    plain = [ok and work.grad_scale is None and work.needs_no_copy(index) for index, ok in enumerate(walkable)]
+    plain = [
+        ok and work.grad_scale is None and work.needs_no_copy(index) and not _ends_elsewhere(work, index)
+        for index, ok in enumerate(walkable)
+    ]
     if any(plain):
         _adamw(work.only([index for index, flag in enumerate(plain) if flag]), fused=True)
     for index, (ok, is_done) in enumerate(zip(walkable, plain, strict=True)):
@@ -118,12 +123,58 @@ def _fused_adamw(work: Work) -> None:
             _adamw_in_blocks(one, foreach=False)
         elif not is_done:
             one = one._replace(grads=list(map(_tensors.in_layout_of, one.params, one.grads)))
-            for block, _ in _blocks(one):
-                _adamw(block._replace(grads=[grad.clone() for grad in block.grads]), fused=True)
+            is_shard = _ends_elsewhere(one, 0)
+            for block, _ in _blocks(one, cut=not is_shard):
+                _fused_block(block._replace(grads=[grad.clone() for grad in block.grads]), is_shard=is_shard)
 
 
 def _is_walkable(param: Tensor, state: Iterable[Tensor]) -> bool:
     return _tensors.is_dense(param) and all(not each.ndim or _tensors.has_layout_of(each, param) for each in state)
+
+
+# Note [Fused AdamW and shards]
+# On the CPU torch's fused kernel rounds differently in the last elements of a tensor, which do not fill a vector. So
+# that a shard gets the bits of the whole, its last elements are computed among others that fill vectors, and what it
+# has of the whole's end in its place there. This many elements are whole vectors on every CPU.
+LANES = 64
+
+
+def _ends_elsewhere(work: Work, index: int) -> bool:
+    """Whether a parameter is a shard, so that its end need not be that of the whole."""
+    param = work.params[index]
+    return param.is_cpu and param.is_contiguous() and _tensors.is_sharded(work.wholes[index])
+
+
+def _fused_block(work: Work, *, is_shard: bool) -> None:
+    """Run torch's fused kernel on a block of one parameter, or on all that this rank holds of it."""
+    if not is_shard:
+        _adamw(work, fused=True)
+        return
+    (step,), *states = work.states
+    before = step.clone()
+    flat = [tensor.view(-1) for tensor in (*work.params, *work.grads, *(tensor for (tensor,) in states))]
+    end = _tensors.places_at_end(work.wholes[0], LANES)
+    last = flat[0].numel() - len(end)
+    cut = last - last % LANES
+    _adamw(_on(work, [tensor[:cut] for tensor in flat]), fused=True)
+    for start, places, numel in (
+        (cut, list(range(last - cut)), LANES),
+        (last, end, work.wholes[0].numel() % LANES),
+    ):
+        if places:
+            step.copy_(before)
+            parts = [tensor[start : start + len(places)] for tensor in flat]
+            among = [part.new_ones(numel).index_copy_(0, torch.tensor(places, device="cpu"), part) for part in parts]
+            _adamw(_on(work, among), fused=True)
+            for index, (part, others) in enumerate(zip(parts, among, strict=True)):
+                if index != 1:  # gradients are read-only
+                    part.copy_(others[places])
+
+
+def _on(work: Work, tensors: Sequence[Tensor]) -> Work:
+    """The same for other tensors of one parameter: weight, gradient, averages."""
+    params, grads, *states = [[tensor] for tensor in tensors]
+    return work._replace(params=params, grads=grads, states=[work.states[0], *states])
 
 
 def _adamw_in_blocks(work: Work, *, foreach: bool) -> None:
@@ -145,31 +196,38 @@ def _block_numel(param: Tensor) -> int:
     return param.numel() if is_whole else _units.block_numel(param)
 
 
-def _blocks(work: Work) -> Iterator[tuple[Work, Piece]]:
-    """The blocks of one parameter, each to be stepped from the same count of steps."""
+def _blocks(work: Work, *, cut: bool = True) -> Iterator[tuple[Work, Piece]]:
+    """The blocks of one parameter, without ``cut`` a single one, each to be stepped from the same count of steps."""
     (step,), *states = work.states
     before = step.clone()
     tensors = [*work.params, *work.grads, *(tensor for (tensor,) in states)]
-    for piece in _units.blocks(*tensors, numel=_block_numel(work.params[0])):
+    for piece in _units.blocks(*tensors, numel=_block_numel(work.params[0]) if cut else None):
         step.copy_(before)
-        params, grads, *held = [[tensor] for tensor in piece.tensors]
-        yield work._replace(params=params, grads=grads, states=[[step], *held]), piece
+        yield _on(work, piece.tensors), piece
 
 
-def _rounding_adamw(work: Work, positions: Sequence[int]) -> None:
+def _rounding_adamw(work: Work, positions: Sequence[int], offsets: Sequence[int]) -> None:
     """In float32, block by block; what is stored is rounded stochastically, each kind of tensor by bits of its own."""
     seed, fused = work.group["rounding_seed"], work.group["fused"] or None
     counts = _rounding.counts(work.states[0]) + 1
-    salts = [_rounding.salts(seed, positions, counts, kind=kind) for kind in range(len(work.states))]
+    kinds = range(len(work.states))
+    salts = [_rounding.salts(seed, positions, counts, kind=kind, offsets=offsets) for kind in kinds]
     for index in range(len(positions)):
-        for block, piece in _blocks(work.only([index])):
+        one = work.only([index])
+        is_shard = bool(fused) and _ends_elsewhere(one, 0)
+        if is_shard:
+            one = one._replace(grads=list(map(_tensors.in_layout_of, one.params, one.grads)))
+        for block, piece in _blocks(one, cut=not is_shard):
             (step,), *states = block.states
             stored = [*block.params, *(tensor for (tensor,) in states)]
             weight = block.params[0].float()
             held = [_tensors.in_layout_of(weight, tensor.float()) for (tensor,) in states]
             grads = [_tensors.in_layout_of(weight, grad.float()) for grad in block.grads]
             in_float32 = block._replace(params=[weight], grads=grads, states=[[step], *([tensor] for tensor in held)])
-            _adamw(in_float32, fused=fused, foreach=None if fused else False)
+            if fused:
+                _fused_block(in_float32, is_shard=is_shard)
+            else:
+                _adamw(in_float32, foreach=False)
             for result, tensor, salt in zip((weight, *held), stored, salts, strict=True):
                 if tensor.dtype == torch.bfloat16:
                     noise = _rounding.noise_of(piece, Unit([piece], (index,)), salt)

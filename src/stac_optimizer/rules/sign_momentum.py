@@ -133,7 +133,9 @@ class SignMomentum(Rule):
             _tensors.foreach_sub_(steps, [inputs.found_inf.to(step.device) for step in steps])
         work = _work(inputs)
         if inputs.group["stochastic_rounding"]:
-            salt = _rounding.salts(inputs.group["rounding_seed"], inputs.positions, _rounding.counts(steps))
+            offsets = list(map(_tensors.run_offset, inputs.params))
+            counts = _rounding.counts(steps)
+            salt = _rounding.salts(inputs.group["rounding_seed"], inputs.positions, counts, offsets=offsets)
             work = work._replace(salt=salt)
         for part in _by_state_kind(work):
             if inputs.voters is not None:
