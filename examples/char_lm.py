@@ -1,11 +1,12 @@
 """A small decoder-only transformer over characters, and the text it learns: Python's own documentation.
 
-Model, data and validation only. Nothing here knows an optimizer, so any training script can import it.
+Model, data, validation and a clock only. Nothing here knows an optimizer, so any training script can import it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import time
 from dataclasses import dataclass
 from pydoc_data.topics import topics
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["CharTransformer", "Corpus", "load_corpus", "sample_batch", "validation_loss"]
+__all__ = ["CharTransformer", "Corpus", "character_loss", "load_corpus", "now", "sample_batch", "validation_loss"]
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,12 @@ class CharTransformer(nn.Module):
 
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean cross-entropy of ``targets``, in nats per character."""
-        return functional.cross_entropy(self(inputs).flatten(0, -2), targets.flatten())
+        return character_loss(self(inputs), targets)
+
+
+def character_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy of ``targets`` under the logits that any wrapper of the model gave."""
+    return functional.cross_entropy(logits.flatten(0, -2), targets.flatten())
 
 
 @torch.no_grad()
@@ -136,3 +142,10 @@ def validation_loss(model: CharTransformer, tokens: Tensor, context: int, device
     for chunk, wanted in zip(inputs.split(64), targets.split(64), strict=True):
         total += model.loss(chunk.to(device), wanted.to(device)).item() * len(chunk)
     return total / windows
+
+
+def now(device: torch.device) -> float:
+    """Return the time in seconds, once the device has done all it was told to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +15,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from char_lm import CharTransformer, Corpus
 from stac_optimizer import STAC, embeddings, last_layers, norms, partition_trainable_layers
 
-__all__ = ["Settings", "make_adamw", "make_model", "make_schedule", "make_stac"]
+__all__ = [
+    "Settings",
+    "add_settings",
+    "given_settings",
+    "make_adamw",
+    "make_model",
+    "make_schedule",
+    "make_stac",
+    "refuse_other_settings",
+]
 
 T = TypeVar("T")
 
@@ -56,6 +67,34 @@ class Settings:
                 raise ValueError(f"{name} = {getattr(self, name)}, but it must be at least 1")
         if self.width % self.heads:
             raise ValueError(f"width = {self.width} must be a multiple of heads = {self.heads}")
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Give a parser one option per field of ``Settings``, unset unless given."""
+    for entry in fields(Settings):
+        kind: dict[str, Any] = {"type": type(entry.default)}
+        if kind["type"] is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        description = f"{entry.metadata['help']} (default: {entry.default})"
+        option = "--" + entry.name.replace("_", "-")
+        parser.add_argument(option, default=argparse.SUPPRESS, help=description, **kind)
+
+
+def given_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Return those of the settings that the command line gave."""
+    names = [entry.name for entry in fields(Settings)]
+    return {name: getattr(options, name) for name in names if hasattr(options, name)}
+
+
+def refuse_other_settings(given: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    """Raise where the command line gave another value than the checkpoint was made with.
+
+    Raises:
+        ValueError: the first difference.
+    """
+    for name, value in given.items():
+        if value != stored[name]:
+            raise ValueError(f"{name} = {value}, but the checkpoint was made with {name} = {stored[name]}")
 
 
 def make_model(settings: Settings, corpus: Corpus) -> CharTransformer:

@@ -18,7 +18,6 @@ import argparse
 import dataclasses
 import math
 import statistics
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,17 +27,19 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
-from char_lm import CharTransformer, Corpus, load_corpus, sample_batch, validation_loss
+from char_lm import CharTransformer, Corpus, load_corpus, now, sample_batch, validation_loss
 from char_lm_report import Summary, draw_curves, format_table
-from char_lm_setup import Settings, make_adamw, make_model, make_schedule, make_stac
+from char_lm_setup import (
+    Settings,
+    add_settings,
+    given_settings,
+    make_adamw,
+    make_model,
+    make_schedule,
+    make_stac,
+    refuse_other_settings,
+)
 from stac_optimizer import STAC
-
-
-def now(device: torch.device) -> float:
-    """Return the time in seconds, once the device has done all it was told to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 class Contestant:
@@ -175,13 +176,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", type=Path, metavar="PNG", default=Path("char_lm.png"), help="the curves (default: %(default)s)"
     )
-    for entry in dataclasses.fields(Settings):
-        kind: dict[str, Any] = {"type": type(entry.default)}
-        if kind["type"] is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
-        description = f"{entry.metadata['help']} (default: {entry.default})"
-        option = "--" + entry.name.replace("_", "-")
-        parser.add_argument(option, default=argparse.SUPPRESS, help=description, **kind)
+    add_settings(parser)
     return parser
 
 
@@ -191,16 +186,13 @@ def open_run(options: argparse.Namespace) -> Run:
     Raises:
         ValueError: a setting is out of range, or differs from the one the checkpoint was made with.
     """
-    names = [entry.name for entry in dataclasses.fields(Settings)]
-    given = {name: getattr(options, name) for name in names if hasattr(options, name)}
+    given = given_settings(options)
     device = torch.device(options.device)
     if options.resume is None:
         return Run(Settings(**given), load_corpus(), device)
     checkpoint = torch.load(options.resume, map_location="cpu", weights_only=True)
     stored = checkpoint["settings"]
-    for name, value in given.items():
-        if value != stored[name]:
-            raise ValueError(f"{name} = {value}, but the checkpoint was made with {name} = {stored[name]}")
+    refuse_other_settings(given, stored)
     run = Run(Settings(**stored), load_corpus(), device)
     run.load(checkpoint)
     return run
