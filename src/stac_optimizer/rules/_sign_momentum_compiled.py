@@ -131,7 +131,6 @@ class Compiled(NamedTuple):
 @functools.cache
 def _compiled(variant: Variant) -> Compiled | None:
     """The kernels of a variant, or None and one warning where they cannot be compiled."""
-
     is_coded, maximize = variant.is_coded, variant.maximize  # dynamo of torch 2.6 reads no properties of a variant
 
     # Where dynamo is disabled these run as they stand, on whole tensors: better not at all.
