@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from stac_optimizer._groups import named_parameters
-from stac_optimizer._tensors import is_sharded
+from stac_optimizer._shards import is_sharded
 from stac_optimizer.rules import Group
 
 __all__ = ["Scope", "check_agreement", "scope_of", "scopes_of"]

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stac_optimizer import _tensors
+from stac_optimizer import _shards
 
 __all__ = [
     "BLOCK",
@@ -73,7 +73,7 @@ def scales_shape(param: Tensor) -> torch.Size:
 
 def scales_like(param: Tensor) -> Tensor:
     """Zeros, one for each block of a parameter."""
-    return _tensors.zeros_by_row(param, *scales_shape(param))
+    return _shards.zeros_by_row(param, *scales_shape(param))
 
 
 def decode(codes: Tensor, scale: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from stac_optimizer._groups import name_of, named_parameters
-from stac_optimizer._tensors import are_zero, first_nonfinite, local_views
+from stac_optimizer._shards import are_zero, first_nonfinite, local_views
 from stac_optimizer.rules import RULES, Group
 from stac_optimizer.vote import Voters
 

@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
 
 from stac_optimizer._groups import name_of, named_parameters
-from stac_optimizer._tensors import is_sharded
+from stac_optimizer._shards import is_sharded
 from stac_optimizer.rules import Group
 
 __all__ = ["GradientRelease", "Releasable"]

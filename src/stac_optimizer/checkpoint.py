@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stac_optimizer._groups import STRUCTURE_KEYS, TORCH_KEYS, check_fitness, checked, named_parameters
-from stac_optimizer._tensors import is_sharded
+from stac_optimizer._shards import is_sharded
 from stac_optimizer._validation import mapping, non_negative
 from stac_optimizer.rules import RULES, Group, StateTensor, hyperparameters
 

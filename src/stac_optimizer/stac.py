@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from stac_optimizer import checkpoint
 from stac_optimizer._agreement import check_agreement, scopes_of
 from stac_optimizer._gradients import check_capture, check_scaler, check_step
-from stac_optimizer._groups import build_groups, check_fitness, check_vote, checked, named_parameters, partition_of
+from stac_optimizer._group_building import build_groups
+from stac_optimizer._groups import check_fitness, check_vote, checked, named_parameters, partition_of
 from stac_optimizer._release import GradientRelease
 from stac_optimizer._validation import mapping, warn
 from stac_optimizer.partition import STACPartition

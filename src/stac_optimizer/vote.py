@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from stac_optimizer import _bits, _tensors
+from stac_optimizer import _bits, _shards, _tensors
 from stac_optimizer._validation import one_of
 
 __all__ = ["ENCODINGS", "Ballot", "MajorityVote", "Voters"]
@@ -164,7 +164,7 @@ class Voters:
         by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for param in params:
             grad = param.grad
-            if grad is not None and id(param) not in self._averaged and not _tensors.is_sharded(grad):
+            if grad is not None and id(param) not in self._averaged and not _shards.is_sharded(grad):
                 by_kind.setdefault((grad.device, grad.dtype), []).append(grad)
         for some in by_kind.values():
             self.average_(some)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from stac_optimizer import _codes, _tensors
+from stac_optimizer import _codes, _shards, _tensors
 from stac_optimizer._validation import Checker, boolean, count, learning_rate, non_negative, optional_boolean
 from stac_optimizer.vote import Voters
 
@@ -156,7 +156,7 @@ class Rule(ABC):
                 f"is {param.dtype}, and stochastic_rounding is for torch.bfloat16 alone; give such parameters a group "
                 "of their own with stochastic_rounding=False"
             )
-        if group["stochastic_rounding"] and not _tensors.is_sharded_in_runs(param):
+        if group["stochastic_rounding"] and not _shards.is_sharded_in_runs(param):
             return (
                 "is sharded within rows, and stochastic_rounding numbers the elements of whole ones; shard the first "
                 "dimension, or give such parameters a group of their own with stochastic_rounding=False"
@@ -167,9 +167,9 @@ class Rule(ABC):
         """Why this gradient cannot be applied, or None. Asked for every parameter before any of them changes."""
         if grad.layout != torch.strided:
             return f"has a gradient of layout {grad.layout}; make it dense, for embeddings with sparse=False"
-        if _tensors.is_sharded(param) != _tensors.is_sharded(grad):
+        if _shards.is_sharded(param) != _shards.is_sharded(grad):
             kinds = ["a plain tensor", "a DTensor"]
-            param_kind, grad_kind = (kinds[_tensors.is_sharded(tensor)] for tensor in (param, grad))
+            param_kind, grad_kind = (kinds[_shards.is_sharded(tensor)] for tensor in (param, grad))
             return f"is {param_kind} and its gradient {grad_kind}; distribute the gradient as the parameter is"
         if group["differentiable"] and param.is_leaf and param.requires_grad:
             return "is a leaf that requires grad, which a differentiable step cannot change in place; give clones"

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from stac_optimizer import _codes, _tensors
+from stac_optimizer import _codes, _shards, _tensors
 from stac_optimizer.rules._rule import Group
 from stac_optimizer.rules._sign_momentum_compiled import compiled
 from stac_optimizer.rules._sign_momentum_kernels import LEAST_AGREEMENT, Work, single_tensor
@@ -92,7 +92,7 @@ def fits_triton(param: Tensor, state: Sequence[Tensor], whole: Tensor, group: Gr
         whole: the parameter itself; means over shards are not for one launch.
         group: its group.
     """
-    if group["trunk_cautious"] and _tensors.is_sharded(whole):
+    if group["trunk_cautious"] and _shards.is_sharded(whole):
         return False
     if state and state[0].dtype == torch.int8:
         return _codes.has_whole_blocks([param, *state])
@@ -117,4 +117,4 @@ def skips_by_itself(group: Group, states: Mapping[Tensor, Mapping[str, Tensor]])
 
 
 def _local(tensors: list[Tensor]) -> list[Tensor]:
-    return _tensors.real_views(_tensors.local_views(tensors))
+    return _tensors.real_views(_shards.local_views(tensors))

@@ -1,4 +1,4 @@
-"""How the trunk's update runs on tensors: one at a time in blocks, or as lists. See :mod:`.sign_momentum` for the rule.
+"""How the trunk's update runs on tensors, one at a time in blocks. See :mod:`.sign_momentum` for the rule.
 
 Note [Same operations on every path]. A difference in the last bit of m can flip a sign and so move a weight by 2 lr. So
 the paths run the same operations in the same order, and each operation is a single correctly rounded one:
@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stac_optimizer import _codes, _rounding, _tensors
-from stac_optimizer._units import Piece, Unit, buckets, units
+from stac_optimizer import _codes, _rounding, _shards, _tensors
+from stac_optimizer._units import Piece, Unit, units
 from stac_optimizer.rules._rule import Group
 
 __all__ = [
@@ -31,12 +31,12 @@ __all__ = [
     "can_pack",
     "count_agreeing",
     "move",
-    "multi_tensor",
     "next_mask",
     "single_tensor",
     "step_unit",
     "update",
     "update_piece",
+    "wider",
 ]
 
 # Liang et al. divide the masked step by the mean of the mask, floored by this.
@@ -111,11 +111,11 @@ def _average(grad: Tensor, exp_avg: Sequence[Tensor], numbers: Numbers) -> tuple
     if not exp_avg:
         return grad, None
     held = exp_avg[0]
-    average = _codes.decode(*exp_avg) if held.dtype == torch.int8 else held.to(_wider(held, grad))
+    average = _codes.decode(*exp_avg) if held.dtype == torch.int8 else held.to(wider(held, grad))
     return average, (grad - average).mul_(numbers.change_factor)
 
 
-def _wider(average: Tensor, grad: Tensor) -> torch.dtype:
+def wider(average: Tensor, grad: Tensor) -> torch.dtype:
     """What an average is computed in: as the gradient, or as a checkpoint brought it."""
     return torch.promote_types(average.dtype, grad.dtype)
 
@@ -249,7 +249,7 @@ def single_tensor(work: Work) -> None:
 
 def can_pack(work: Work) -> bool:
     """Whether parameters may share a unit: a mean over shards is taken parameter by parameter."""
-    return not (work.group["trunk_cautious"] and any(map(_tensors.is_sharded, work.wholes)))
+    return not (work.group["trunk_cautious"] and any(map(_shards.is_sharded, work.wholes)))
 
 
 def step_unit(work: Work, unit: Unit, kernels: Kernels) -> None:
@@ -281,50 +281,8 @@ def _mean_of_unit(work: Work, unit: Unit, numbers: Numbers, kernels: Kernels) ->
         return means.repeat_interleave(sizes, output_size=sum(unit.sizes))
     counts = [kernels.count_agreeing(piece, unit, numbers, maximize=maximize) for piece in unit.pieces]
     counts = counts or [torch.zeros((), dtype=torch.int64, device=local.device)]  # an empty shard has no pieces
-    agreeing = _tensors.sum_over_shards(torch.stack(counts).sum(), whole)
+    agreeing = _shards.sum_over_shards(torch.stack(counts).sum(), whole)
     numel = whole.numel() * (2 if whole.is_complex() else 1)
     # By a tensor: on CUDA a quotient by a number is a product with its reciprocal, and rounds twice.
     agreeing = agreeing.to(dtype)
     return agreeing.div_(torch.full_like(agreeing, numel)).clamp_(min=LEAST_AGREEMENT)
-
-
-def multi_tensor(work: Work) -> None:
-    """Update lists of tensors, a bucket at a time. Masks, codes and stochastic rounding have no such form."""
-    for indices in _tensors.indices_by_device_and_dtype(work.tensorlists):
-        some = work.only(indices).tensorlists
-        numbers = work.numbers(some[0][0].device)
-        # torch.compile fuses the operations by itself.
-        for bucket in [some] if torch.compiler.is_compiling() else buckets(some):
-            _multi_tensor_bucket(bucket, numbers, maximize=work.group["maximize"])
-
-
-def _multi_tensor_bucket(bucket: Sequence[list[Tensor]], numbers: Numbers, *, maximize: bool) -> None:
-    params, grads, *exp_avgs = bucket
-    averages = _multi_tensor_average(grads, exp_avgs, numbers, maximize=maximize)
-    weights = _tensors.foreach_upcast(params)
-    if numbers.decay_factor is not None:
-        _tensors.foreach_mul_(weights, numbers.decay_factor)
-    directions = list(_tensors.foreach_sign(averages))
-    _tensors.foreach_add_(directions, averages, alpha=0)  # Note [Non-finite averages]
-    _tensors.foreach_mul_(directions, numbers.lr)
-    _tensors.foreach_sub_(weights, directions)
-    _tensors.foreach_downcast(weights, params)
-
-
-def _multi_tensor_average(
-    grads: list[Tensor], exp_avgs: Sequence[list[Tensor]], numbers: Numbers, *, maximize: bool
-) -> list[Tensor]:
-    """Update and return the averages, in arithmetic precision, of lists of one device and dtype."""
-    grads = _tensors.foreach_upcast(grads)
-    if numbers.grad_scale is not None:
-        grads = list(_tensors.foreach_div(grads, numbers.grad_scale))
-    if maximize:
-        grads = list(_tensors.foreach_neg(grads))
-    if not exp_avgs:
-        return grads
-    averages = _tensors.foreach_upcast(exp_avgs[0], _wider(exp_avgs[0][0], grads[0]))
-    differences = _tensors.foreach_sub(grads, averages)
-    _tensors.foreach_mul_(differences, numbers.change_factor)
-    _tensors.foreach_add_(averages, differences)
-    _tensors.foreach_downcast(averages, exp_avgs[0])
-    return averages

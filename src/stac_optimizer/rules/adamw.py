@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from stac_optimizer import _rounding, _tensors, _units
+from stac_optimizer import _rounding, _shards, _tensors, _units
 from stac_optimizer._units import Piece, Unit
 from stac_optimizer._validation import boolean, non_negative, pair_of_fractions
 from stac_optimizer.rules._rule import Group, Hyperparameter, Rule, StateTensor, StepInputs
@@ -60,18 +60,18 @@ class AdamW(Rule):
     def skips_by_itself(self, group: Group, states: Mapping[Tensor, Mapping[str, Tensor]]) -> bool:
         if not group["fused"] or group["stochastic_rounding"]:
             return False
-        params = _tensors.local_views(group["params"])
-        held = [_tensors.local_views(list(states.get(whole, {}).values())) for whole in group["params"]]
+        params = _shards.local_views(group["params"])
+        held = [_shards.local_views(list(states.get(whole, {}).values())) for whole in group["params"]]
         return not any(param.is_cpu for param in params) and all(map(_is_walkable, params, held))
 
     def update(self, inputs: StepInputs) -> None:
         """Call torch, on the path that the flags ask for."""
-        params, grads = _tensors.local_views(inputs.params), _tensors.local_views(inputs.grads, inputs.params)
-        states = [_tensors.local_views(tensors) for tensors in inputs.states]
+        params, grads = _shards.local_views(inputs.params), _shards.local_views(inputs.grads, inputs.params)
+        states = [_shards.local_views(tensors) for tensors in inputs.states]
         work = Work(inputs.params, params, grads, states, inputs.group, inputs.grad_scale, inputs.found_inf)
         path = self.path(inputs.params, inputs.group)
         if inputs.group["stochastic_rounding"]:
-            _rounding_adamw(work, inputs.positions, list(map(_tensors.run_offset, inputs.params)))
+            _rounding_adamw(work, inputs.positions, list(map(_shards.run_offset, inputs.params)))
         elif path == "fused":
             _fused_adamw(work)
         elif path == "foreach" and not params[0].is_cpu:
@@ -142,7 +142,7 @@ LANES = 64
 def _ends_elsewhere(work: Work, index: int) -> bool:
     """Whether a parameter is a shard, so that its end need not be that of the whole."""
     param = work.params[index]
-    return param.is_cpu and param.is_contiguous() and _tensors.is_sharded(work.wholes[index])
+    return param.is_cpu and param.is_contiguous() and _shards.is_sharded(work.wholes[index])
 
 
 def _fused_block(work: Work, *, is_shard: bool) -> None:
@@ -153,7 +153,7 @@ def _fused_block(work: Work, *, is_shard: bool) -> None:
     (step,), *states = work.states
     before = step.clone()
     flat = [tensor.view(-1) for tensor in (*work.params, *work.grads, *(tensor for (tensor,) in states))]
-    end = _tensors.places_at_end(work.wholes[0], LANES)
+    end = _shards.places_at_end(work.wholes[0], LANES)
     last = flat[0].numel() - len(end)
     cut = last - last % LANES
     _adamw(_on(work, [tensor[:cut] for tensor in flat]), fused=True)

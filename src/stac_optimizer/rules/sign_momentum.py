@@ -15,11 +15,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from stac_optimizer import _codes, _rounding, _tensors
+from stac_optimizer import _codes, _rounding, _shards, _tensors
 from stac_optimizer._validation import boolean, one_of, unit_fraction
 from stac_optimizer.rules._rule import Group, Hyperparameter, Rule, StateTensor, StepInputs
+from stac_optimizer.rules._sign_momentum_foreach import multi_tensor
 from stac_optimizer.rules._sign_momentum_fused import fused, has_fused, skips_by_itself
-from stac_optimizer.rules._sign_momentum_kernels import Work, multi_tensor, single_tensor
+from stac_optimizer.rules._sign_momentum_kernels import Work, single_tensor
 from stac_optimizer.rules._sign_momentum_vote import average_state, by_vote
 from stac_optimizer.vote import ENCODINGS, Voters
 
@@ -91,13 +92,13 @@ class SignMomentum(Rule):
         return tuple(tensors)
 
     def unfitness(self, param: Tensor, group: Group) -> str | None:
-        if group["trunk_vote"] and _tensors.is_sharded(param):
+        if group["trunk_vote"] and _shards.is_sharded(param):
             return (
                 "is a DTensor, whose gradients FSDP2 averages, and ranks vote on what each has by itself; give "
                 "fully_shard the trunk's parameters as ignored_params"
             )
         is_coded = group["trunk_state_dtype"] == "int8" and _codes.can_be_coded(param)
-        if is_coded and not _tensors.is_sharded_by_row(param):
+        if is_coded and not _shards.is_sharded_by_row(param):
             return "is sharded within rows, and 8-bit state needs whole ones; use trunk_state_dtype=torch.bfloat16"
         return super().unfitness(param, group)
 
@@ -133,7 +134,7 @@ class SignMomentum(Rule):
             _tensors.foreach_sub_(steps, [inputs.found_inf.to(step.device) for step in steps])
         work = _work(inputs)
         if inputs.group["stochastic_rounding"]:
-            offsets = list(map(_tensors.run_offset, inputs.params))
+            offsets = list(map(_shards.run_offset, inputs.params))
             counts = _rounding.counts(steps)
             salt = _rounding.salts(inputs.group["rounding_seed"], inputs.positions, counts, offsets=offsets)
             work = work._replace(salt=salt)
@@ -154,8 +155,8 @@ class SignMomentum(Rule):
 
 def _work(inputs: StepInputs) -> Work:
     params = inputs.params
-    local = [_tensors.local_views(params), _tensors.local_views(inputs.grads, params)]
-    local += [_tensors.local_views(tensors) for tensors in inputs.states[1:]]
+    local = [_shards.local_views(params), _shards.local_views(inputs.grads, params)]
+    local += [_shards.local_views(tensors) for tensors in inputs.states[1:]]
     tensorlists = [_tensors.real_views(tensors) for tensors in local]
     return Work(params, tensorlists, inputs.group, inputs.grad_scale, None, inputs.found_inf)
 
@@ -176,7 +177,7 @@ def _by_state_kind(work: Work) -> list[Work]:
 def _is_step_lost(param: Tensor, lr: float) -> bool:
     if param.dtype not in _tensors.LOW_PRECISION or param.is_meta or not param.numel() or not lr:
         return False
-    param = _tensors.local_views([param.detach()])[0]
+    param = _shards.local_views([param.detach()])[0]
     weights = param.float()
     stays = ((weights - lr).to(param.dtype) == param) & ((weights + lr).to(param.dtype) == param)
     return bool(stays.float().mean() > 0.5)
