@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import benchmark_vote
 import distributed_costs
 import train_distributed
 from distributed_report import Report
@@ -103,3 +104,9 @@ def test_costs_on_paper() -> None:
     assert distributed_costs.vote(100, 4, cap=1.0) == distributed_costs.averaging(100, 4, 4)
     assert distributed_costs.state(100, cap=1.0) == 800
     assert distributed_costs.state(100, cap=0.0, shards=4) == 100
+
+
+def test_benchmark_of_votes_times_every_contestant() -> None:
+    for results in run_ranks(benchmark_vote.compare, 2, 1 << 16, 2):
+        assert len(results) == 8
+        assert all(nanoseconds > 0 for nanoseconds in results.values())
