@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import pickle
 from pathlib import Path
@@ -63,6 +64,57 @@ def test_gradient_of_one_rank_that_cannot_be_used_stops_all(kind: str, flags: di
     assert expected in messages[0]
 
 
+def bad_gradient_over_a_sharded_cap(kind: str) -> str:
+    """One rank alone has a bad gradient, and gradients of other parameters than the rest."""
+    model = small_model()
+    ignored = {param for name, param in model.named_parameters() if not name.startswith("3.")}
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)), ignored_params=ignored)
+    optimizer = STAC(model, vote=MajorityVote())
+    seeded_loss(model, dist.get_rank()).backward()
+    if dist.get_rank() == 1:
+        weight, bias = model.get_parameter("0.weight"), model.get_parameter("0.bias")
+        assert weight.grad is not None
+        weight.grad = weight.grad.fill_(torch.nan) if kind == "nan" else weight.grad.to_sparse()
+        bias.grad = None
+    return message_of(RuntimeError, optimizer.step)
+
+
+@pytest.mark.skipif(
+    "ignored_params" not in inspect.signature(fully_shard).parameters, reason="this torch shards all parameters or none"
+)
+@pytest.mark.parametrize("kind", ["nan", "sparse"])
+def test_bad_gradient_beside_a_sharded_cap_stops_all(kind: str) -> None:
+    for message in run_ranks(bad_gradient_over_a_sharded_cap, 2, kind, timeout=20):
+        assert message.startswith("no rank can step: rank 1: ")
+        assert "'0.weight' (trunk)" in message
+
+
+def one_loaded() -> str:
+    """One rank alone has state."""
+    optimizer = STAC(small_model(), vote=MajorityVote())
+    if dist.get_rank() == 0:
+        model = small_model()
+        other = STAC(model)
+        set_gradients(model, 0)
+        other.step()
+        optimizer.load_state_dict(other.state_dict())
+    return message_of(RuntimeError, optimizer.average_trunk_state)
+
+
+def test_average_of_states_that_some_ranks_lack_is_refused() -> None:
+    assert all("nothing was averaged" in message for message in run_ranks(one_loaded, 2, timeout=20))
+
+
+def other_ranks() -> str:
+    groups = [dist.new_group([rank]) for rank in range(2)]
+    ddp = DistributedDataParallel(small_model())
+    return message_of(ValueError, STAC, ddp, vote=MajorityVote(groups[dist.get_rank()]))
+
+
+def test_votes_and_averages_of_different_ranks_are_refused() -> None:
+    assert all("must be of the same ranks" in message for message in run_ranks(other_ranks, 2, timeout=20))
+
+
 def scaled() -> str:
     model = small_model()
     optimizer = STAC(model, vote=MajorityVote())
@@ -80,9 +132,11 @@ def test_grad_scaler_is_refused() -> None:
 
 def joined() -> str:
     ddp = DistributedDataParallel(small_model())
-    STAC(ddp, vote=MajorityVote())
+    optimizer = STAC(ddp, vote=MajorityVote())
     with Join([ddp]):
-        return message_of(RuntimeError, seeded_loss(ddp, 0).backward)
+        message = message_of(RuntimeError, seeded_loss(ddp, 0).backward)
+        assert message_of(RuntimeError, optimizer.step) == message
+        return message
 
 
 def test_join_is_refused() -> None:

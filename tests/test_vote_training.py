@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 from typing import Any
 
@@ -88,6 +89,75 @@ def wrapped_inside() -> Weights:
 def test_parts_that_are_wrapped_by_themselves_and_rules_that_do_not_vote() -> None:
     first, second = run_ranks(wrapped_inside, 2)
     assert_same_bits(first, second)
+
+
+def left_over(kind: str) -> bool:
+    """A backward that no step consumed, then a step after one under no_sync: the cap is still averaged."""
+    model = small_model()
+    ddp = DistributedDataParallel(model)
+    optimizer = voting(ddp)
+    seeded_loss(ddp, seed_of(0)).backward()
+    if kind == "dropped":
+        optimizer.zero_grad()
+    with ddp.no_sync():
+        seeded_loss(ddp, seed_of(1)).backward()
+    optimizer.step()
+    return agree(model)
+
+
+def agree(model: nn.Module) -> bool:
+    """Whether this rank has the same weights as the first."""
+    flat = nn.utils.parameters_to_vector(model.parameters()).detach()
+    first = flat.clone()
+    dist.broadcast(first, 0)
+    return torch.equal(first, flat)
+
+
+@pytest.mark.parametrize("kind", ["dropped", "added-to"])
+def test_what_one_backward_averaged_is_forgotten_by_the_next_under_no_sync(kind: str) -> None:
+    assert run_ranks(left_over, 2, kind) == [True, True]
+
+
+def rebuilt() -> bool:
+    """DistributedDataParallel outlives an optimizer that voted, and is trained by another."""
+    model = small_model()
+    ddp = DistributedDataParallel(model)
+    optimizer: torch.optim.Optimizer = voting(ddp)
+    seeded_loss(ddp, seed_of(0)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    gc.collect()
+    for step in range(2):
+        optimizer.zero_grad()
+        seeded_loss(ddp, seed_of(step)).backward()
+        optimizer.step()
+    return agree(model)
+
+
+def test_hook_averages_everything_once_its_optimizer_is_gone() -> None:
+    assert run_ranks(rebuilt, 2) == [True, True]
+
+
+def halves(wrapped: bool) -> float:
+    """The mean of gradients of the cap whose sum would overflow."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1, bias=False)).half()
+    used = DistributedDataParallel(model) if wrapped else model
+    optimizer = voting(used, lr=1.0)
+    with torch.no_grad():
+        model.get_parameter("0.weight").zero_()
+        model.get_parameter("0.bias").fill_(40000.0)
+        model.get_parameter("1.weight").fill_(1e-3)
+    used(torch.zeros(1, 2, dtype=torch.half)).sum().backward()
+    optimizer.step()
+    grad = model.get_parameter("1.weight").grad
+    assert grad is not None
+    return float(grad.max())
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "ddp"])
+def test_mean_of_large_float16_gradients_is_finite(wrapped: bool) -> None:
+    assert run_ranks(halves, 2, wrapped) == [40000.0, 40000.0]
 
 
 class Branches(nn.Module):

@@ -101,7 +101,7 @@ def _shards(groups: Iterable[Group]) -> Iterator[tuple[Any, list[Tensor], torch.
 def _all_of(groups: Iterable[Group], process_group: Any) -> Iterator[tuple[Any, list[Tensor], torch.device]]:
     if process_group is not None:
         params = [param for group in groups for param in group["params"]]
-        yield process_group, params, params[0].device
+        yield process_group, params, params[0].device if params else torch.device("cpu")
 
 
 def _mesh_order(mesh: Any) -> tuple[int, tuple[str, ...], tuple[int, ...]]:
@@ -162,6 +162,8 @@ def _tensor_texts(param: Any) -> Iterator[tuple[str, str]]:
     if is_sharded(param):
         yield "the mesh's shape", str(tuple(param.device_mesh.shape))
         yield "the placement", repr(param.placements)
+    else:
+        yield "the strides", str(param.stride())  # votes follow one another as weights do in memory
 
 
 def _compare(description: Description, problem: str, scope: Scope) -> str:

@@ -15,8 +15,8 @@ from torch.nn.functional import pad
 __all__ = ["WORD", "majority", "pack_", "unpack", "words_for"]
 
 WORD = 64
-# Words that are worked on at once: half a dozen such temporaries stay in the cache of a core.
-CHUNK = 16 * 1024
+# Words of all voters that are worked on at once: half a dozen such temporaries stay in the cache of a core.
+CHUNK = 32 * 1024
 
 
 def _signed(number: int) -> int:
@@ -84,26 +84,35 @@ def majority(votes: Tensor) -> Tensor:
         Two planes; of a tie neither.
     """
     decided = votes.new_empty((2, votes.shape[-1]))
-    for start in range(0, votes.shape[-1], CHUNK):
-        part = votes[..., start : start + CHUNK]
-        up = [vote[0] for vote in part]
-        down = [vote[1] if len(vote) > 1 else ~vote[0] for vote in part]
-        more, less = _compared(_count(up), _count(down))
-        decided[0, start : start + CHUNK] = more
-        decided[1, start : start + CHUNK] = less
+    step = max(WORD, CHUNK // len(votes))
+    for start in range(0, votes.shape[-1], step):
+        part = votes[..., start : start + step]
+        up = part[:, 0]
+        more, less = _compared(_count(up), _count(part[:, 1] if part.shape[1] > 1 else ~up))
+        decided[0, start : start + step] = more
+        decided[1, start : start + step] = less
     return decided
 
 
-def _count(bits: Sequence[Tensor]) -> list[Tensor]:
-    """How many are set at each place, as binary digits, the lowest first: a row of adders."""
-    digits: list[Tensor] = []
-    for number, bit in enumerate(bits, start=1):
-        carry = bit
-        for place, digit in enumerate(digits):
-            digits[place], carry = digit ^ carry, digit & carry
-        if number.bit_length() > len(digits):
-            digits.append(carry)
-    return digits
+def _count(bits: Tensor) -> list[Tensor]:
+    """How many voters have each bit set, as binary digits, the lowest first.
+
+    Half of the voters are added to the other half until one sum is left, so operations are few for any number of them.
+    """
+    digits = [bits]
+    while len(digits[0]) > 1:
+        if len(digits[0]) % 2:
+            digits = [torch.cat([digit, torch.zeros_like(digit[:1])]) for digit in digits]
+        half = len(digits[0]) // 2
+        lowest = digits[0]
+        sums, carry = [lowest[:half] ^ lowest[half:]], lowest[:half] & lowest[half:]
+        for digit in digits[1:]:
+            left, right = digit[:half], digit[half:]
+            either = left ^ right
+            sums.append(either ^ carry)
+            carry = (left & right) | (either & carry)
+        digits = [*sums, carry]
+    return [digit[0] for digit in digits]
 
 
 def _compared(left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -60,20 +60,26 @@ def check_gradients(groups: Sequence[Group], all_groups: Sequence[Group], *, res
                 raise RuntimeError(f"{name_of(all_groups, param)!r} ({group['stac_role']}) {reason}. {unchanged}")
 
 
-def check_finite(groups: Sequence[Group]) -> None:
-    """Refuse NaN and infinity in the gradients of groups that ask for it.
+def check_finite(groups: Sequence[Group], *, here: bool = False) -> None:
+    """Refuse NaN and infinity in the gradients of groups that ask for it; a collective where they are sharded.
+
+    Args:
+        groups: those to step.
+        here: whether to look at what this rank holds alone, and call no others.
 
     Raises:
         RuntimeError: naming the first parameter with one.
     """
     held = [
-        (name, group["stac_role"], param, param.grad)
+        (name, group["stac_role"], param)
         for name, param, group in named_parameters(groups)
-        if (group["error_if_nonfinite"] or group["trunk_vote"]) and param.grad is not None
+        if group["error_if_nonfinite"] or group["trunk_vote"]
     ]
-    found = first_nonfinite([grad for _, _, _, grad in held], [param for _, _, param, _ in held])
+    # Absent gradients too, for they may be absent on some ranks alone.
+    params = [param for _, _, param in held]
+    found = first_nonfinite([param.grad for param in params], params, here=here)
     if found is not None:
-        name, role, *_ = held[found]
+        name, role, _ = held[found]
         raise RuntimeError(
             f"the gradient of {name!r} ({role}) holds NaN or infinity. Nothing was changed; skip this batch, lower "
             "the lr or clip gradients, or (without vote) pass error_if_nonfinite=False to let the weight become NaN"
@@ -90,8 +96,8 @@ def _agree(voters: Voters, groups: Sequence[Group], *, is_first: bool) -> bool:
     makes_state = False
     try:
         check_gradients(groups, groups, rest_may_have_changed=False)
-        check_finite(groups)
-        makes_state = is_first and only_make_state(groups)
+        check_finite(groups, here=True)
+        makes_state = is_first and only_make_state(groups, here=True)
     except RuntimeError as raised:
         error = raised
     params = [param for group in groups for param in group["params"]]
@@ -144,11 +150,12 @@ def check_step(
     return is_first and only_make_state(groups)
 
 
-def only_make_state(groups: Sequence[Group]) -> bool:
+def only_make_state(groups: Sequence[Group], *, here: bool = False) -> bool:
     """Whether a first step is the hidden one of torch.distributed.checkpoint, which is after the state alone.
 
     It has no lr and no gradient but zeros. To count it would change AdamW's bias correction for all later steps.
     """
     if torch.compiler.is_compiling() or any(group["lr"] for group in groups):
         return False
-    return are_zero([param.grad for group in groups for param in group["params"] if param.grad is not None])
+    grads = [param.grad for group in groups for param in group["params"] if param.grad is not None]
+    return are_zero(grads, here=here)

@@ -25,17 +25,27 @@ __all__ = [
 ]
 
 
-def first_nonfinite(grads: Sequence[Tensor], params: Sequence[Tensor]) -> int | None:
-    """The position of the first gradient with NaN or infinity in any shard of it; None where there is none.
+def first_nonfinite(grads: Sequence[Tensor | None], params: Sequence[Tensor], *, here: bool) -> int | None:
+    """The position of the first gradient with NaN or infinity; None where there is none.
 
     Args:
-        grads: gradients.
+        grads: gradients, None where absent.
         params: for each the parameter whose placement it is brought to: what is partial here may be infinite as a sum.
+        here: whether to look at this rank's parts alone.
     """
-    local = _tensors.real_views(local_views(list(grads), list(params)))
-    if not _on_any_rank([not _are_finite(local)], params)[0]:
+    present = [(grad, param) for grad, param in zip(grads, params, strict=True) if grad is not None]
+    local = _real_parts([grad for grad, _ in present], [param for _, param in present])
+    is_bad = not _are_finite(local)
+    if not (is_bad if here else _on_any_rank([is_bad], params)[0]):
         return None
-    return _on_any_rank([not _are_finite([grad]) for grad in local], params).index(True)
+    parts = iter(local)
+    flags = [grad is not None and not _are_finite([next(parts)]) for grad in grads]
+    return (flags if here else list(_on_any_rank(flags, params))).index(True)
+
+
+def _real_parts(tensors: list[Tensor], likes: list[Tensor]) -> list[Tensor]:
+    """What this rank holds of tensors, as real numbers."""
+    return _tensors.real_views(local_views(tensors, likes))
 
 
 def _are_finite(tensors: Sequence[Tensor]) -> bool:
@@ -49,9 +59,10 @@ def _has_finite_sum(tensor: Tensor) -> bool:
     return math.isfinite(tensor.sum(dtype=_tensors.arithmetic_dtype(tensor.dtype)).item())
 
 
-def are_zero(tensors: Sequence[Tensor]) -> bool:
-    """Whether all tensors hold nothing but zeros, in every shard of them."""
-    return not _on_any_rank([any(bool(tensor.any()) for tensor in local_views(list(tensors)))], tensors)[0]
+def are_zero(tensors: Sequence[Tensor], *, here: bool) -> bool:
+    """Whether all tensors hold nothing but zeros, in every shard of them, or in this rank's."""
+    flags: Sequence[bool] = [any(bool(tensor.any()) for tensor in local_views(list(tensors)))]
+    return not (flags if here else _on_any_rank(flags, tensors))[0]
 
 
 def _on_any_rank(flags: Sequence[bool], tensors: Sequence[Tensor]) -> Sequence[bool]:

@@ -74,8 +74,10 @@ def units(tensorlists: Sequence[list[Tensor]], *, pack: bool = True, cut: bool =
     """
     is_whole = torch.compiler.is_compiling() or torch.is_grad_enabled()
     packed = _packable(tensorlists) if pack and not is_whole else {}
-    rest = set(range(len(tensorlists[0]))).difference(*packed.values())
-    for index in sorted(rest):
+    are_packed = {index for members in packed.values() for index in members}
+    for index in range(len(tensorlists[0])):
+        if index in are_packed:
+            continue
         tensors = tuple([held[index] for held in tensorlists])
         first = tensors[0]
         if _codes.is_coded(tensors):

@@ -206,14 +206,14 @@ class STAC(Optimizer):
         check_vote(self.param_groups, defaults["trunk_vote"])
         voters = None if vote is None else Voters.of(vote, params)
         check_agreement(self.param_groups, scopes_of(params, self.param_groups, voters and voters.group))
-        if voters is not None:
-            voters.hook(p for group in self.param_groups if RULES[group["rule"]].votes for p in group["params"])
-            self._voters = voters
         for group in self.param_groups:
             names = [name for name, _, _ in named_parameters([group])]
             advice = RULES[group["rule"]].advice(names, group["params"], group)
             if advice is not None:
                 warn(f"{group['stac_role']}: {advice}")
+        if voters is not None:
+            voters.hook(p for group in self.param_groups if RULES[group["rule"]].votes for p in group["params"])
+            self._voters = voters
 
     @property
     def partition(self) -> STACPartition:
@@ -266,6 +266,7 @@ class STAC(Optimizer):
         held: dict[str, Any] = super().__getstate__()
         return held if self._voters is None else {**held, "_voters": self._voters}
 
+    @torch.no_grad()
     def average_trunk_state(self) -> None:
         """Replace the averages that each rank keeps for its votes by their mean; all ranks must call it.
 
@@ -273,12 +274,15 @@ class STAC(Optimizer):
         any of them holds, and with which any number of ranks may go on.
 
         Raises:
-            RuntimeError: no ranks vote.
+            RuntimeError: no ranks vote; on all ranks, that their states are not of one kind. Nothing was changed.
         """
         if self._voters is None:
             raise RuntimeError(
                 "average_trunk_state is for optimizers with a vote; others have the same state everywhere"
             )
+        states = [self.state.get(param, {}) for group in self.param_groups for param in group["params"]]
+        kinds = [sorted((key, str(value.dtype)) for key, value in state.items()) for state in states]
+        self._voters.agree_on(str(kinds))
         for group in self.param_groups:
             RULES[group["rule"]].average_state(group["params"], self.state, self._voters)
 

@@ -5,6 +5,7 @@ Knows no rule: what is voted on, the rules put into a :class:`Ballot`.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from stac_optimizer import _bits, _shards, _tensors
@@ -36,10 +38,10 @@ class MajorityVote:
     .. math::
         p \leftarrow p - \text{lr} \cdot \operatorname{sign}\Big(\sum_r \operatorname{sign}(m_r)\Big)
 
-    In place of 32 bits a weight, 2 (ternary) or 1 (binary) go over the wire. The cap's gradients are averaged as usual.
-    It pays where the network limits training: many ranks on slow links, or a step that is short beside its all-reduce.
-    On fast links within one machine, averaging costs little and votes cost arithmetic. With few ranks the majority of
-    signs is a coarser direction than the sign of the mean.
+    In place of 32 bits a weight, a rank sends 2 (ternary) or 1 (binary), and hears of as many or of 2. The cap's
+    gradients are averaged as usual. It pays where the network limits training: many ranks on slow links, or a step that
+    is short beside its all-reduce. On fast links within one machine, averaging costs little and votes cost arithmetic.
+    With few ranks the majority of signs is a coarser direction than the sign of the mean.
 
     Args:
         process_group: the ranks that vote; None: those of the DistributedDataParallel that STAC gets, else all.
@@ -55,14 +57,17 @@ class MajorityVote:
 
     - ``STAC(ddp, vote=MajorityVote())`` with a DistributedDataParallel model puts a communication hook on it, which
       averages the cap's gradients alone; a model has one hook at most, and it must come before the first backward.
+      (Given ``ddp.module``, STAC cannot do so: DistributedDataParallel then averages all, and all vote alike.)
     - With a plain module, the same weights on every rank, STAC averages the cap's gradients in ``step``, in place. It
       does so too after a backward under ``no_sync``.
-    - With FSDP2, give ``fully_shard`` the trunk's parameters as ``ignored_params``; it averages those of the cap.
+    - With FSDP2, give ``fully_shard`` the trunk's parameters as ``ignored_params``, which torch 2.6 does not know yet;
+      it averages those of the cap.
 
     Gradients may be accumulated. One that is absent on some ranks alone counts as zero there, as under
-    DistributedDataParallel. NaN or infinity on any rank raises on all of them, before anything has changed. Clip the
-    roles apart: ``clip_grad_norm_(optimizer.partition.trunk_parameters, ...)`` changes a rank's own averages alone, the
-    cap's gradients have the same norm everywhere; a norm over both would differ by rank and part their caps. A
+    DistributedDataParallel. NaN or infinity on any rank raises on all of them, before anything has changed. Clip
+    the roles apart: ``clip_grad_norm_(optimizer.partition.trunk_parameters, ...)`` changes a rank's own averages alone,
+    and gradients of the cap that are averaged by then have the same norm everywhere; a norm over both would differ by
+    rank and part their caps. Where STAC averages the cap, in ``step``, each rank clips its own share of the mean. A
     GradScaler, whose scale would differ by rank, and DistributedDataParallel's ``join`` are refused.
 
     Each rank's averages are its own. To resume exactly, save ``optimizer.state_dict()`` on every rank and load each
@@ -111,8 +116,16 @@ class Voters:
             raise RuntimeError("vote needs ranks; call torch.distributed.init_process_group first")
         modules = params.modules() if isinstance(params, nn.Module) else ()
         wrapped = [module for module in modules if isinstance(module, DistributedDataParallel)]
-        default = wrapped[0].process_group if wrapped else dist.group.WORLD
-        return cls(vote, vote.process_group or default, wrapped)
+        group = vote.process_group or (wrapped[0].process_group if wrapped else dist.group.WORLD)
+        ranks = dist.get_process_group_ranks(group)
+        for ddp in wrapped:
+            theirs = dist.get_process_group_ranks(ddp.process_group)
+            if theirs != ranks:
+                raise ValueError(
+                    f"process_group has the ranks {ranks}, and DistributedDataParallel averages over {theirs}; votes "
+                    "and averages must be of the same ranks"
+                )
+        return cls(vote, group, wrapped)
 
     # A copy does not hear of the hook, and averages the cap by itself.
     def __deepcopy__(self, memo: dict[int, Any]) -> Voters:
@@ -120,22 +133,38 @@ class Voters:
 
     def __reduce__(self) -> Any:
         if self.group != dist.group.WORLD:
-            raise TypeError(
-                "an optimizer whose vote has a process group of its own cannot be pickled; use state_dict()"
-            )
+            raise TypeError("an optimizer whose vote is not among all ranks cannot be pickled; use state_dict()")
         return Voters.of, (self.vote, None)
 
     def hook(self, voted: Iterable[Tensor]) -> None:
         """Let DistributedDataParallel leave alone the gradients of parameters that are voted on."""
         kept = set(map(id, voted))
+        # Hooks stay on a module when its optimizer is gone, and then average everything again.
+        voters = weakref.ref(self)
+
+        def average(group, bucket):  # type: ignore[no-untyped-def]  # torch refuses annotations that are not types
+            alive = voters()
+            if alive is None:
+                return default_hooks.allreduce_hook(group, bucket)
+            return alive._average_rest_of(kept, bucket)
+
+        def forget(module: DistributedDataParallel, _: object) -> None:
+            alive = voters()
+            if alive is not None and not module.require_backward_grad_sync:
+                alive._averaged.clear()  # what a backward under no_sync adds is of one rank alone
+
         for ddp in self._wrapped:
-            # torch reads a hook's annotations, which it wants as types, or not at all.
-            ddp.register_comm_hook(kept, lambda kept, bucket: self._average_rest_of(kept, bucket))  # noqa: PLW0108
+            ddp.register_comm_hook(self.group, average)
+            ddp.register_forward_pre_hook(forget)
 
     def _average_rest_of(self, kept: set[int], bucket: Any) -> Any:
         """The hook."""
         self.refuse_join()
         buffer = bucket.buffer()
+        if buffer.is_sparse:
+            raise RuntimeError(
+                "DistributedDataParallel has a sparse gradient; make it dense, for embeddings with sparse=False"
+            )
         held = zip(map(id, bucket.parameters()), bucket.gradients(), strict=True)
         rest = {param: grad for param, grad in held if param not in kept}
         if not rest:
@@ -144,7 +173,7 @@ class Voters:
             return done
         self._averaged.update(rest)
         grads = list(rest.values())
-        flat, work = self._start_sum(grads)
+        flat, work = self._start_mean(grads)
 
         def finish(_: object) -> Any:
             self._finish_mean(flat, grads)
@@ -172,16 +201,16 @@ class Voters:
 
     def average_(self, tensors: Sequence[Tensor]) -> None:
         """Average tensors of one device and dtype over ranks, in place, by one all-reduce."""
-        flat, work = self._start_sum(tensors)
+        flat, work = self._start_mean(tensors)
         work.wait()
         self._finish_mean(flat, tensors)
 
-    def _start_sum(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Any]:
-        flat = torch.cat([tensor.flatten() for tensor in tensors])
+    def _start_mean(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Any]:
+        # Divided first, as DistributedDataParallel does: a sum of float16 may overflow.
+        flat = torch.cat([tensor.flatten() for tensor in tensors]).div_(self.size)
         return flat, dist.all_reduce(flat, group=self.group, async_op=True)
 
     def _finish_mean(self, flat: Tensor, tensors: Sequence[Tensor]) -> None:
-        flat.div_(self.size)
         for part, tensor in zip(flat.split([tensor.numel() for tensor in tensors]), tensors, strict=True):
             tensor.copy_(part.view(tensor.shape))
 
@@ -196,6 +225,14 @@ class Voters:
         messages: list[str | None] = [None] * self.size
         dist.all_gather_object(messages, message, group=self.group)
         return messages
+
+    def agree_on(self, kinds: str) -> None:
+        """Raise on every rank where not all say the same of what state they have."""
+        if len(set(self.gather(kinds))) > 1:
+            raise RuntimeError(
+                "ranks have state for different parameters, or of different dtypes, as when some have loaded a "
+                "checkpoint and others have not; nothing was averaged"
+            )
 
     def ballot(self, numel: int, device: torch.device) -> Ballot:
         """An empty ballot for so many votes of each rank."""
