@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from stac_optimizer import _bits, _shards, _tensors
@@ -22,8 +21,8 @@ from stac_optimizer._validation import one_of
 __all__ = ["ENCODINGS", "Ballot", "MajorityVote", "Voters"]
 
 ENCODINGS = ("ternary", "binary", "int8")
-# As torch from 2.13 on calls it, and as before.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# As torch from 2.13 on calls it, and as before; builds without torch.distributed have neither.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 # What a sum of so many signs stays within.
 MOST_INT8_VOTERS = 127
 
@@ -145,7 +144,9 @@ class Voters:
         def average(group, bucket):  # type: ignore[no-untyped-def]  # torch refuses annotations that are not types
             alive = voters()
             if alive is None:
-                return default_hooks.allreduce_hook(group, bucket)
+                from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook  # noqa: PLC0415
+
+                return allreduce_hook(group, bucket)
             return alive._average_rest_of(kept, bucket)
 
         def forget(module: DistributedDataParallel, _: object) -> None:
