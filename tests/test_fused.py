@@ -300,7 +300,9 @@ def test_eager_stance_falls_back_with_one_warning() -> None:
     ("variables", "reason"),
     [
         pytest.param(
-            {"CXX": "/nonexistent/c++"}, "(InvalidCxxCompiler|InductorError|CppCompileError)", id="no-compiler"
+            {"CXX": "/nonexistent/c++"},
+            "(InvalidCxxCompiler|InductorError|CppCompileError|BackendCompilerFailed)",
+            id="no-compiler",
         ),
         pytest.param({"TORCHDYNAMO_DISABLE": "1"}, "torch.compile is disabled", id="dynamo-disabled"),
     ],

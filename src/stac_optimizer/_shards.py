@@ -126,7 +126,7 @@ def zeros_by_row(param: Tensor, rows: int, columns: int) -> Tensor:
 
 def is_sharded_by_row(param: Any) -> bool:
     """Whether every rank holds whole rows, indices of the first dimension, of the parameter."""
-    return {0, None}.issuperset(_cut_dims(param))
+    return all(dim in (0, None) for dim in _cut_dims(param))
 
 
 def _cut_dims(param: Any) -> list[int | None]:
@@ -139,7 +139,7 @@ def _cut_dims(param: Any) -> list[int | None]:
 
 def is_sharded_in_runs(param: Tensor) -> bool:
     """Whether what each rank holds of the parameter is one run of the whole's memory."""
-    if {None}.issuperset(_cut_dims(param)):
+    if not any(dim is not None for dim in _cut_dims(param)):
         return True
     are_rows_outermost = not _tensors.is_dense(param) or param.shape[0] < 2 or param.stride(0) == max(param.stride())
     return is_sharded_by_row(param) and are_rows_outermost
@@ -168,7 +168,7 @@ def run_offset(param: Any) -> int:
     Args:
         param: sharded in runs, or not at all.
     """
-    if {None}.issuperset(_cut_dims(param)) or not param.numel():
+    if not any(dim is not None for dim in _cut_dims(param)) or not param.numel():
         return 0
     row = _tensors.local_shape_and_offsets(param)[1][0]
     return int(row) * (int(param.numel()) // int(param.shape[0]))

@@ -84,7 +84,11 @@ class Work(NamedTuple):
             return self
         tensorlists = [[tensors[index] for index in chosen] for tensors in self.tensorlists]
         salt = None if self.salt is None else torch.stack([self.salt[index] for index in chosen])
-        return self._replace(wholes=[self.wholes[i] for i in chosen], tensorlists=tensorlists, salt=salt)
+        return self.using([self.wholes[index] for index in chosen], tensorlists, salt)
+
+    def using(self, wholes: list[Tensor], tensorlists: list[list[Tensor]], salt: Tensor | None) -> Work:
+        """The same on other tensors; torch.compile of torch 2.6 knows no ``_replace``."""
+        return Work(wholes, tensorlists, self.group, self.grad_scale, salt, self.found_inf)
 
     def numbers(self, device: torch.device) -> Numbers:
         """The group's numbers. A tensor lr stays one: a captured step then sees its changes."""

@@ -95,7 +95,11 @@ class Work(NamedTuple):
         """The same for the parameters at these positions."""
         held = (self.wholes, self.params, self.grads, *self.states)
         wholes, params, grads, *states = [[tensors[i] for i in chosen] for tensors in held]
-        return self._replace(wholes=wholes, params=params, grads=grads, states=states)
+        return Work(wholes, params, grads, states, self.group, self.grad_scale, self.found_inf)
+
+    def using(self, params: list[Tensor], grads: list[Tensor], states: list[list[Tensor]]) -> Work:
+        """The same on other tensors; torch.compile of torch 2.6 knows no ``_replace``."""
+        return Work(self.wholes, params, grads, states, self.group, self.grad_scale, self.found_inf)
 
     def needs_no_copy(self, index: int) -> bool:
         """Whether gradient and state of a parameter are of its dtype, and the gradient of its layout."""
@@ -122,10 +126,12 @@ def _fused_adamw(work: Work) -> None:
         if not ok:
             _adamw_in_blocks(one, foreach=False)
         elif not is_done:
-            one = one._replace(grads=list(map(_tensors.in_layout_of, one.params, one.grads)))
+            one = one.using(one.params, list(map(_tensors.in_layout_of, one.params, one.grads)), one.states)
             is_shard = _ends_elsewhere(one, 0)
             for block, _ in _blocks(one, cut=not is_shard):
-                _fused_block(block._replace(grads=[grad.clone() for grad in block.grads]), is_shard=is_shard)
+                _fused_block(
+                    block.using(block.params, [grad.clone() for grad in block.grads], block.states), is_shard=is_shard
+                )
 
 
 def _is_walkable(param: Tensor, state: Iterable[Tensor]) -> bool:
@@ -174,7 +180,7 @@ def _fused_block(work: Work, *, is_shard: bool) -> None:
 def _on(work: Work, tensors: Sequence[Tensor]) -> Work:
     """The same for other tensors of one parameter: weight, gradient, averages."""
     params, grads, *states = [[tensor] for tensor in tensors]
-    return work._replace(params=params, grads=grads, states=[work.states[0], *states])
+    return work.using(params, grads, [work.states[0], *states])
 
 
 def _adamw_in_blocks(work: Work, *, foreach: bool) -> None:
@@ -216,14 +222,14 @@ def _rounding_adamw(work: Work, positions: Sequence[int], offsets: Sequence[int]
         one = work.only([index])
         is_shard = bool(fused) and _ends_elsewhere(one, 0)
         if is_shard:
-            one = one._replace(grads=list(map(_tensors.in_layout_of, one.params, one.grads)))
+            one = one.using(one.params, list(map(_tensors.in_layout_of, one.params, one.grads)), one.states)
         for block, piece in _blocks(one, cut=not is_shard):
             (step,), *states = block.states
             stored = [*block.params, *(tensor for (tensor,) in states)]
             weight = block.params[0].float()
             held = [_tensors.in_layout_of(weight, tensor.float()) for (tensor,) in states]
             grads = [_tensors.in_layout_of(weight, grad.float()) for grad in block.grads]
-            in_float32 = block._replace(params=[weight], grads=grads, states=[[step], *([tensor] for tensor in held)])
+            in_float32 = block.using([weight], grads, [[step], *([tensor] for tensor in held)])
             if fused:
                 _fused_block(in_float32, is_shard=is_shard)
             else:

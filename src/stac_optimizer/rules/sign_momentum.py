@@ -137,7 +137,7 @@ class SignMomentum(Rule):
             offsets = list(map(_shards.run_offset, inputs.params))
             counts = _rounding.counts(steps)
             salt = _rounding.salts(inputs.group["rounding_seed"], inputs.positions, counts, offsets=offsets)
-            work = work._replace(salt=salt)
+            work = work.using(work.wholes, work.tensorlists, salt)
         for part in _by_state_kind(work):
             if inputs.voters is not None:
                 by_vote(part, inputs.voters)
@@ -170,7 +170,7 @@ def _by_state_kind(work: Work) -> list[Work]:
         return [work]
     is_coded = [_codes.is_coded(tensors) for tensors in zip(*work.tensorlists, strict=True)]
     coded, plain = ([i for i, flag in enumerate(is_coded) if flag is kind] for kind in (True, False))
-    rest = work._replace(tensorlists=work.tensorlists[:3])
+    rest = work.using(work.wholes, work.tensorlists[:3], work.salt)
     return [part.only(chosen) for part, chosen in ((work, coded), (rest, plain)) if chosen]
 
 
