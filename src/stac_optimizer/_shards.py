@@ -19,6 +19,7 @@ __all__ = [
     "is_sharded_in_runs",
     "local_views",
     "places_at_end",
+    "real_parts",
     "run_offset",
     "sum_over_shards",
     "zeros_by_row",
@@ -34,7 +35,7 @@ def first_nonfinite(grads: Sequence[Tensor | None], params: Sequence[Tensor], *,
         here: whether to look at this rank's parts alone.
     """
     present = [(grad, param) for grad, param in zip(grads, params, strict=True) if grad is not None]
-    local = _real_parts([grad for grad, _ in present], [param for _, param in present])
+    local = real_parts([grad for grad, _ in present], [param for _, param in present])
     is_bad = not _are_finite(local)
     if not (is_bad if here else _on_any_rank([is_bad], params)[0]):
         return None
@@ -43,8 +44,8 @@ def first_nonfinite(grads: Sequence[Tensor | None], params: Sequence[Tensor], *,
     return (flags if here else list(_on_any_rank(flags, params))).index(True)
 
 
-def _real_parts(tensors: list[Tensor], likes: list[Tensor]) -> list[Tensor]:
-    """What this rank holds of tensors, as real numbers."""
+def real_parts(tensors: list[Tensor], likes: list[Tensor] | None = None) -> list[Tensor]:
+    """What this rank holds of tensors, as :func:`local_views` gives it, in real numbers."""
     return _tensors.real_views(local_views(tensors, likes))
 
 
@@ -137,9 +138,14 @@ def _cut_dims(param: Any) -> list[int | None]:
     return [getattr(placement, "dim", None) for placement in param.placements] if is_sharded(param) else []
 
 
+def _is_cut(param: Any) -> bool:
+    """Whether ranks hold different parts of the parameter; replicas of a DTensor are whole."""
+    return any(dim is not None for dim in _cut_dims(param))
+
+
 def is_sharded_in_runs(param: Tensor) -> bool:
     """Whether what each rank holds of the parameter is one run of the whole's memory."""
-    if not any(dim is not None for dim in _cut_dims(param)):
+    if not _is_cut(param):
         return True
     are_rows_outermost = not _tensors.is_dense(param) or param.shape[0] < 2 or param.stride(0) == max(param.stride())
     return is_sharded_by_row(param) and are_rows_outermost
@@ -168,7 +174,7 @@ def run_offset(param: Any) -> int:
     Args:
         param: sharded in runs, or not at all.
     """
-    if not any(dim is not None for dim in _cut_dims(param)) or not param.numel():
+    if not _is_cut(param) or not param.numel():
         return 0
     row = _tensors.local_shape_and_offsets(param)[1][0]
     return int(row) * (int(param.numel()) // int(param.shape[0]))

@@ -112,9 +112,5 @@ def skips_by_itself(group: Group, states: Mapping[Tensor, Mapping[str, Tensor]])
         return False
     keys = ("exp_avg", "exp_avg_scale")
     held = [[states[whole][key] for key in keys if key in states.get(whole, {})] for whole in wholes]
-    params = zip(_local(wholes), map(_local, held), wholes, strict=True)
+    params = zip(_shards.real_parts(wholes), map(_shards.real_parts, held), wholes, strict=True)
     return all(fits_triton(param, state, whole, group) for param, state, whole in params)
-
-
-def _local(tensors: list[Tensor]) -> list[Tensor]:
-    return _tensors.real_views(_shards.local_views(tensors))

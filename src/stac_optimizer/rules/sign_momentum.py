@@ -155,9 +155,8 @@ class SignMomentum(Rule):
 
 def _work(inputs: StepInputs) -> Work:
     params = inputs.params
-    local = [_shards.local_views(params), _shards.local_views(inputs.grads, params)]
-    local += [_shards.local_views(tensors) for tensors in inputs.states[1:]]
-    tensorlists = [_tensors.real_views(tensors) for tensors in local]
+    states = [_shards.real_parts(tensors) for tensors in inputs.states[1:]]
+    tensorlists = [_shards.real_parts(params), _shards.real_parts(inputs.grads, params), *states]
     return Work(params, tensorlists, inputs.group, inputs.grad_scale, None, inputs.found_inf)
 
 
