@@ -1,6 +1,6 @@
 """Majority votes of ranks on the trunk's steps: what a user gives to STAC, and the collectives behind it.
 
-Knows no rule: what is voted on, the rules put into a :class:`Ballot`.
+Knows no rule: what is voted on, the rules put into a :class:`stac_optimizer._ballots.Ballot`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from stac_optimizer import _bits, _shards, _tensors
+from stac_optimizer import _shards, _tensors
+from stac_optimizer._ballots import Ballot, PackedBallot, SummedBallot
 from stac_optimizer._validation import one_of
 
-__all__ = ["ENCODINGS", "Ballot", "MajorityVote", "Voters"]
+__all__ = ["ENCODINGS", "MajorityVote", "Voters"]
 
 ENCODINGS = ("ternary", "binary", "int8")
-# As torch from 2.13 on calls it, and as before; builds without torch.distributed have neither.
-_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 # What a sum of so many signs stays within.
 MOST_INT8_VOTERS = 127
 
@@ -236,69 +235,7 @@ class Voters:
             )
 
     def ballot(self, numel: int, device: torch.device) -> Ballot:
-        """An empty ballot for so many votes of each rank."""
-        return Ballot(self, numel, device)
-
-
-class Ballot:
-    """The votes on some weights, at first one's own, once decided those of all.
-
-    Args:
-        voters: who votes.
-        numel: how many weights, each run of them rounded up to whole words.
-        device: where.
-    """
-
-    def __init__(self, voters: Voters, numel: int, device: torch.device) -> None:
-        self._voters = voters
-        self._work: Any = None
-        self._sums: Tensor | None = None
-        if voters.vote.encoding == "int8":
-            self._sums = torch.empty(numel, dtype=torch.int8, device=device)
-            return
-        # A slice of the words for each rank to decide on. What two ranks would send each other after that, they know.
-        self._slices = voters.size if voters.size > 2 else 1
-        planes = 1 if voters.vote.encoding == "binary" else 2
-        words = -(-_bits.words_for(numel) // self._slices) * self._slices
-        self._own = torch.zeros((planes, words), dtype=torch.int64, device=device)
-
-    def put(self, values: Tensor, start: int) -> None:
-        """Vote by the signs of a flat tensor, from this place on, a multiple of the word's bits."""
-        if self._sums is not None:
-            self._sums[start : start + values.numel()] = torch.sign(values)
-        else:
-            first = start // _bits.WORD
-            _bits.pack_(values, self._own[:, first : first + _bits.words_for(values.numel())])
-
-    def cast(self) -> None:
-        """Begin to send one's votes."""
-        group, size = self._voters.group, self._voters.size
-        if self._sums is not None:
-            self._work = dist.all_reduce(self._sums, group=group, async_op=True)
-            return
-        planes, words = self._own.shape
-        self._votes = self._own.new_empty((size, planes, words // self._slices))
-        if self._slices == 1:
-            self._work = _all_gather(self._votes.view(-1), self._own.view(-1), group=group, async_op=True)
-        else:
-            by_rank = self._own.view(planes, size, -1).transpose(0, 1).contiguous()
-            self._work = dist.all_to_all_single(self._votes.view(-1), by_rank.view(-1), group=group, async_op=True)
-
-    def decide(self) -> None:
-        """Wait for the others' votes, and count."""
-        self._work.wait()
-        if self._sums is not None:
-            return
-        decided = _bits.majority(self._votes)
-        if self._slices > 1:
-            slices = decided.new_empty((self._slices, *decided.shape))
-            _all_gather(slices.view(-1), decided.view(-1), group=self._voters.group)
-            decided = slices.transpose(0, 1).contiguous().view(2, -1)
-        self._decided = decided
-
-    def direction(self, start: int, numel: int, dtype: torch.dtype) -> Tensor:
-        """1 where the majority voted up, -1 where down, else 0."""
-        if self._sums is not None:
-            return self._sums[start : start + numel].sign().to(dtype)
-        first = start // _bits.WORD
-        return _bits.unpack(self._decided[:, first : first + _bits.words_for(numel)], numel, dtype)
+        """An empty ballot for so many votes of each rank, runs of them rounded up to whole words."""
+        if self.vote.encoding == "int8":
+            return SummedBallot(numel, device, self.group)
+        return PackedBallot(numel, device, self.group, planes=1 if self.vote.encoding == "binary" else 2)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from stac_optimizer import _bits, _codes, _rounding, _tensors
+from stac_optimizer._ballots import Ballot
 from stac_optimizer._units import Unit, filled, units
 from stac_optimizer.rules._sign_momentum_kernels import Work, accumulate, move
-from stac_optimizer.vote import Ballot, Voters
+from stac_optimizer.vote import Voters
 
 __all__ = ["average_state", "by_vote"]
 
