@@ -118,3 +118,14 @@ def test_pieces_in_codes_are_whole_blocks(
     assert_same_bits(param.contiguous(), torch.arange(float(param.numel())).view(shape))
     assert (codes == 1).all()
     assert (scale == 1).all()
+
+
+def test_scratch_keeps_its_memory() -> None:
+    scratch = _units.Scratch()
+    first = scratch.like(torch.zeros(6, 10))
+    assert first.shape == (6, 10)
+    assert first.dtype == torch.float32
+    smaller = scratch.like(torch.zeros(59))
+    assert (smaller.data_ptr(), smaller.shape) == (first.data_ptr(), (59,))
+    assert scratch.like(torch.zeros(61)).shape == (61,)
+    assert scratch.like(torch.zeros(3, dtype=torch.float64)).dtype == torch.float64

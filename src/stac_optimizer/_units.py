@@ -17,11 +17,11 @@ from torch import Tensor
 
 from stac_optimizer import _codes, _tensors
 
-__all__ = ["Piece", "Unit", "block_numel", "blocks", "buckets", "filled", "units"]
+__all__ = ["Piece", "Scratch", "Unit", "block_numel", "blocks", "buckets", "filled", "units"]
 
 # Elements of a block on the CPU. The four tensors that a block works on (weight, gradient, average, one temporary) then
 # stay in the cache of a core or of its neighbours; smaller blocks pay more calls, larger ones trips to memory.
-BLOCK_NUMEL = 256 * 1024
+BLOCK_NUMEL = 512 * 1024
 # Where a call costs more beside the bytes, on other devices and for compiled kernels: a temporary of 8 MiB in float32.
 LARGE_NUMEL = 2 * 1024 * 1024
 # A tensor of at most this many elements is packed with others until they fill a block.
@@ -57,6 +57,23 @@ class Unit(NamedTuple):
     pieces: Iterable[Piece]
     members: tuple[int, ...]
     sizes: tuple[int, ...] = ()
+
+
+class Scratch:
+    """Memory for the temporaries of one piece after the other, one at a time.
+
+    On the CPU memory fresh from the system costs a page fault for every 4 KiB, several times what the arithmetic takes.
+    """
+
+    def __init__(self) -> None:
+        self._held = torch.empty(0, device="cpu")
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """A tensor of this shape, dtype and device, of any values; the next call takes its memory."""
+        held, numel = self._held, tensor.numel()
+        if held.numel() < numel or held.dtype != tensor.dtype or held.device != tensor.device:
+            self._held = held = torch.empty(numel, dtype=tensor.dtype, device=tensor.device)
+        return held[:numel].view(tensor.shape)
 
 
 def block_numel(tensor: Tensor) -> int:

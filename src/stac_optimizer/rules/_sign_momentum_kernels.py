@@ -12,6 +12,7 @@ is sign(m) for every finite m, and NaN for NaN and infinity, so the weight shows
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from stac_optimizer import _codes, _rounding, _shards, _tensors
-from stac_optimizer._units import Piece, Unit, units
+from stac_optimizer._units import Piece, Scratch, Unit, units
 from stac_optimizer.rules._rule import Group
 
 __all__ = [
@@ -110,13 +111,16 @@ def _prepared(grad: Tensor, numbers: Numbers, *, maximize: bool) -> Tensor:
     return -grad if maximize else grad
 
 
-def _average(grad: Tensor, exp_avg: Sequence[Tensor], numbers: Numbers) -> tuple[Tensor, Tensor | None]:
+def _average(
+    grad: Tensor, exp_avg: Sequence[Tensor], numbers: Numbers, scratch: Scratch | None = None
+) -> tuple[Tensor, Tensor | None]:
     """The average in arithmetic precision and the change due to it; without momentum the gradient and None."""
     if not exp_avg:
         return grad, None
     held = exp_avg[0]
     average = _codes.decode(*exp_avg) if held.dtype == torch.int8 else held.to(wider(held, grad))
-    return average, (grad - average).mul_(numbers.change_factor)
+    change = grad - average if scratch is None else torch.sub(grad, average, out=scratch.like(average))
+    return average, change.mul_(numbers.change_factor)
 
 
 def wider(average: Tensor, grad: Tensor) -> torch.dtype:
@@ -140,7 +144,13 @@ def next_mask(grad: Tensor, exp_avg: Sequence[Tensor], numbers: Numbers, *, maxi
 
 
 def update(
-    tensors: Sequence[Tensor], numbers: Numbers, *, maximize: bool, mean: Tensor | None, noise: Tensor | None
+    tensors: Sequence[Tensor],
+    numbers: Numbers,
+    *,
+    maximize: bool,
+    mean: Tensor | None,
+    noise: Tensor | None,
+    scratch: Scratch | None = None,
 ) -> None:
     """Update one piece.
 
@@ -150,19 +160,16 @@ def update(
         maximize: whether to ascend.
         mean: of the mask; None for a step without one.
         noise: 16 random bits for each weight, to round by; None to round to nearest.
+        scratch: for temporaries; None to allocate.
     """
     param, grad, *exp_avg = tensors
-    grad, average, scratch = accumulate(grad, exp_avg, numbers, maximize=maximize)
-    is_traced = torch.compiler.is_compiling()
-    if mean is None and is_traced and isinstance(numbers.lr, Tensor):
+    grad, average = accumulate(grad, exp_avg, numbers, maximize=maximize, scratch=scratch)
+    if mean is None and torch.compiler.is_compiling() and isinstance(numbers.lr, Tensor):
         # In one loop comparisons are cheap. The same bits as below: the product of lr with 1, 0 and -1 is exact.
         signed = torch.where(average > 0, numbers.lr, torch.where(average < 0, -numbers.lr, 0.0))
         move(param, signed.add_(average, alpha=0), 1.0, numbers.decay_factor, is_unit=True, noise=noise)
         return
-    if scratch is None or is_traced or torch.is_grad_enabled():
-        direction = torch.sign(average)
-    else:
-        direction = torch.sign(average, out=scratch)  # memory that is still in cache
+    direction = torch.sign(average) if scratch is None else torch.sign(average, out=scratch.like(average))
     direction.add_(average, alpha=0)  # Note [Non-finite averages]
     if mean is not None:
         direction.mul_(_mask(average, grad)).div_(mean)
@@ -170,19 +177,19 @@ def update(
 
 
 def accumulate(
-    grad: Tensor, exp_avg: Sequence[Tensor], numbers: Numbers, *, maximize: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    grad: Tensor, exp_avg: Sequence[Tensor], numbers: Numbers, *, maximize: bool, scratch: Scratch | None
+) -> tuple[Tensor, Tensor]:
     """Take a gradient into the average.
 
     Returns:
-        The gradient to descend along, the average before it is rounded to be stored, and a tensor that is free now.
+        The gradient to descend along, and the average before it is rounded to be stored.
     """
     grad = _prepared(grad, numbers, maximize=maximize)
-    average, change = _average(grad, exp_avg, numbers)
+    average, change = _average(grad, exp_avg, numbers, scratch)
     if change is not None:
         average.add_(change)
         _store(average, exp_avg)
-    return grad, average, change
+    return grad, average
 
 
 def move(
@@ -231,11 +238,18 @@ def count_agreeing(piece: Piece, unit: Unit, numbers: Numbers, *, maximize: bool
 
 
 def update_piece(
-    piece: Piece, unit: Unit, numbers: Numbers, *, maximize: bool, mean: Tensor | None, salt: Tensor | None
+    piece: Piece,
+    unit: Unit,
+    numbers: Numbers,
+    *,
+    maximize: bool,
+    mean: Tensor | None,
+    salt: Tensor | None,
+    scratch: Scratch | None = None,
 ) -> None:
     """Update a piece of a unit, with stochastic rounding where there is salt."""
     noise = None if salt is None else _rounding.noise_of(piece, unit, salt)
-    update(piece.tensors, numbers, maximize=maximize, mean=mean, noise=noise)
+    update(piece.tensors, numbers, maximize=maximize, mean=mean, noise=noise, scratch=scratch)
 
 
 class Kernels(NamedTuple):
@@ -247,8 +261,10 @@ class Kernels(NamedTuple):
 
 def single_tensor(work: Work) -> None:
     """Update one unit of work after the other."""
+    is_traced = torch.compiler.is_compiling() or torch.is_grad_enabled()
+    kernels = Kernels() if is_traced else Kernels(update_piece=functools.partial(update_piece, scratch=Scratch()))
     for unit in units(work.tensorlists, pack=can_pack(work)):
-        step_unit(work, unit, Kernels())
+        step_unit(work, unit, kernels)
 
 
 def can_pack(work: Work) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stac_optimizer import _bits, _codes, _rounding, _tensors
 from stac_optimizer._ballots import Ballot
-from stac_optimizer._units import Unit, filled, units
+from stac_optimizer._units import Scratch, Unit, filled, units
 from stac_optimizer.rules._sign_momentum_kernels import Work, accumulate, move
 from stac_optimizer.vote import Voters
 
@@ -63,12 +63,13 @@ def _cast(work: Work, chosen: Sequence[int], voters: Voters) -> tuple[Ballot, li
             starts.append(end)
             end += _bits.words_for(piece.tensors[0].numel()) * _bits.WORD
         votes.append(_Vote(one, unit, starts))
+    scratch = Scratch()
     ballot = voters.ballot(end, work.tensorlists[0][chosen[0]].device)
     for one, unit, starts in votes:
         numbers = one.numbers(one.tensorlists[0][0].device)
         for piece, start in zip(unit.pieces, starts, strict=True):
             _, grad, *exp_avg = piece.tensors
-            _, average, _ = accumulate(grad, exp_avg, numbers, maximize=one.group["maximize"])
+            _, average = accumulate(grad, exp_avg, numbers, maximize=one.group["maximize"], scratch=scratch)
             ballot.put(average.flatten(), start)
     ballot.cast()
     return ballot, votes
