@@ -113,7 +113,7 @@ def test_kernel_that_cannot_run_leaves_its_work_to_the_default_path(
     def broken(*_: Any) -> None:
         raise RuntimeError("recompile limit reached\nand more")
 
-    idle = _sign_momentum_compiled.Run([torch.zeros(2)] * 3, None, None)
+    idle = _sign_momentum_compiled.Run((torch.zeros(2),) * 3, None, None)
     kernels = _sign_momentum_compiled.Compiled(broken, broken, [idle] * at_once)
     monkeypatch.setattr(_sign_momentum_compiled, "_compiled", lambda variant: kernels)
     runs = [weights(torch.float32), weights(torch.float32)]
@@ -169,8 +169,8 @@ def test_compiled_trunk_agrees_by_bits_and_is_compiled_once(
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 8, 21])
 def test_calls_take_any_number_of_weights_that_may_lie_in_one_buffer(count: int) -> None:
-    """As flat buffers hold them, some of one size and some not; nothing is compiled again for it."""
-    sizes = [PACK + 60 + index % 5 for index in range(count)]
+    """As flat buffers hold them, some of one size and some not, and small ones; nothing is compiled again for it."""
+    sizes = [2 * 128 + index % 5 for index in range(count)] + [60] * 6
 
     def run(**arguments: Any) -> tuple[Tensor, STAC]:
         flat = torch.linspace(-1, 1, sum(sizes))

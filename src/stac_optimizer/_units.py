@@ -164,14 +164,16 @@ def filled(items: Sequence[Item], sizes: Sequence[int], full: int) -> Iterator[l
 def blocks(*tensors: Tensor, numel: int | None) -> list[Piece]:
     """Cut tensors of one shape into views of at most so many elements.
 
-    Tensors of one dense layout are cut as they lie in memory, with ``None`` into a single flat view; others are sliced
-    along their longest dimensions.
+    Tensors of one dense layout are cut as they lie in memory, with ``None`` into a single view without gaps; others are
+    sliced along their longest dimensions.
     """
     first = tensors[0]
-    is_small = numel is not None and first.numel() <= numel
-    if is_small or not all(_tensors.has_layout_of(tensor, first) for tensor in tensors):
-        return _sliced(_whole(tensors), numel or block_numel(first))
     is_plain = all(map(Tensor.is_contiguous, tensors))  # and then the faster of two ways will do
+    if is_plain and numel is None:
+        return [Piece(tensors, strides=first.stride())]
+    is_small = numel is not None and first.numel() <= numel
+    if is_small or not (is_plain or all(_tensors.has_layout_of(tensor, first) for tensor in tensors)):
+        return _sliced(_whole(tensors), numel or block_numel(first))
     flat = [tensor.view(-1) if is_plain else tensor.as_strided((first.numel(),), (1,)) for tensor in tensors]
     if numel is None:
         return [Piece(tuple(flat))]

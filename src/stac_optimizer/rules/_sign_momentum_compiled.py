@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stac_optimizer import _codes, _rounding, _tensors, _units
-from stac_optimizer._units import Piece, Unit, units
+from stac_optimizer._units import Piece, Scratch, Unit, units
 from stac_optimizer._validation import warn
 from stac_optimizer.rules._sign_momentum_kernels import (
     Kernels,
@@ -32,8 +32,12 @@ from stac_optimizer.rules._sign_momentum_kernels import (
 
 __all__ = ["compiled"]
 
+# A constant of the kernels, whose loops then need no masks for a last few elements.
+ROW = _codes.BLOCK
+# For sizes of 0 and 1 dynamo compiles anew.
+LEAST_ROWS = 2
 # Enough for inductor to see that threads pay.
-PROBE_NUMEL = 128 * 1024
+PROBE_ROWS = 1024
 # More save little, and take long to compile: 16 loops 22 s, 8 loops 14 s, one 11 s without a cache.
 AT_ONCE = 8
 CPU = torch.device("cpu")
@@ -101,15 +105,15 @@ def _variant(work: Work) -> Variant:
 
 
 class Run(NamedTuple):
-    """What a kernel does in one loop: tensors whose elements follow one another, and what belongs to these alone.
+    """What a kernel does in one loop: tensors whose rows follow one another, and what belongs to these alone.
 
     Args:
-        tensors: weight, gradient; with momentum the average, as codes also the scales.
+        tensors: weight, gradient; with momentum the average, as codes also the scales. Rows of ``ROW`` elements.
         mean: of the mask, or None.
         salt: for stochastic rounding, or None.
     """
 
-    tensors: list[Tensor]
+    tensors: tuple[Tensor, ...]
     mean: Tensor | None
     salt: Tensor | None
 
@@ -131,28 +135,28 @@ class Compiled(NamedTuple):
 @functools.cache
 def _compiled(variant: Variant) -> Compiled | None:
     """The kernels of a variant, or None and one warning where they cannot be compiled."""
-    is_coded, maximize = variant.is_coded, variant.maximize  # dynamo of torch 2.6 reads no properties of a variant
+    maximize = variant.maximize
 
     # Where dynamo is disabled these run as they stand, on whole tensors: better not at all.
     def count(tensors: Sequence[Tensor], numbers: Numbers) -> Tensor | None:
         if not torch.compiler.is_compiling():
             return None
-        _, grad, *exp_avg = _blocks(tensors, is_coded=is_coded)
+        _, grad, *exp_avg = _in_rows(tensors)
         return next_mask(grad, exp_avg, numbers, maximize=maximize).count_nonzero()
 
     def step(runs: Sequence[Run], numbers: Numbers) -> bool:
         if not torch.compiler.is_compiling():
             return False
         for tensors, mean, salt in runs:
-            parts = _blocks(tensors, is_coded=is_coded)
+            parts = _in_rows(tensors)
             noise = None if salt is None else _rounding.noise_of_run(parts[0], salt)
             update(parts, numbers, maximize=maximize, mean=mean, noise=noise)
         return True
 
     numbers = _probe_numbers(variant)
-    probes = [_probe(variant, PROBE_NUMEL + index * _codes.BLOCK) for index in range(variant.at_once)]
+    probes = [_probe(variant, PROBE_ROWS + index) for index in range(variant.at_once)]
     try:
-        idle = [_probe(variant, 2 * _codes.BLOCK) for _ in probes]
+        idle = [_probe(variant, LEAST_ROWS) for _ in probes]
         made = Compiled(_compile(count), _compile(step), idle)
         has_run = made.update(probes, numbers)
         if variant.masked:
@@ -184,21 +188,19 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True, fullgraph=True)
 
 
-def _blocks(tensors: Sequence[Tensor], *, is_coded: bool) -> Sequence[Tensor]:
-    """Those tensors; where they hold codes the length of their rows, being asked for, is a constant of the kernel."""
-    is_expected = not is_coded or tensors[0].shape[1] == _codes.BLOCK
-    return tensors if is_expected else ()
+def _in_rows(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Those tensors; the length of their rows, being asked for, is a constant of the kernel."""
+    return tensors if tensors[0].shape[1] == ROW else ()
 
 
-def _probe(variant: Variant, numel: int) -> Run:
+def _probe(variant: Variant, rows: int) -> Run:
     """A run of zeros. Of some runs for one call no two have the same size, or the kernel would ask for that."""
-    shape = (numel // _codes.BLOCK, _codes.BLOCK) if variant.is_coded else (numel,)
-    tensors = [torch.zeros(shape, dtype=each, device=CPU) for each in variant.dtypes]
+    tensors = [torch.zeros((rows, ROW), dtype=each, device=CPU) for each in variant.dtypes]
     if variant.is_coded:
-        tensors[-1] = torch.zeros((shape[0], 1), dtype=torch.float32, device=CPU)
+        tensors[-1] = torch.zeros((rows, 1), dtype=torch.float32, device=CPU)
     mean = torch.ones((), dtype=_tensors.arithmetic_dtype(variant.dtypes[0]), device=CPU)
     salt = torch.zeros((), dtype=torch.int32, device=CPU)
-    return Run(tensors, mean if variant.masked else None, salt if variant.rounds else None)
+    return Run(tuple(tensors), mean if variant.masked else None, salt if variant.rounds else None)
 
 
 def _probe_numbers(variant: Variant) -> Numbers:
@@ -221,25 +223,32 @@ class _Bound:
         given: Sequence[Any] = work.numbers(CPU)
         self.numbers = Numbers._make(None if n is None else torch.as_tensor(n, dtype=dtype, device=CPU) for n in given)
         self.waiting: list[tuple[Run, Callable[[], None]]] = []
+        self.scratch = Scratch()
 
     def count_agreeing(self, piece: Piece, unit: Unit, numbers: Numbers, *, maximize: bool) -> Tensor:
         """As :func:`._sign_momentum_kernels.count_agreeing`."""
-        tensors = _as_run(piece)
-        counted: Tensor | None = None if tensors is None else _result(self.compiled.count, tensors, self.numbers)
-        return count_agreeing(piece, unit, numbers, maximize=maximize) if counted is None else counted
+        rows, rest = (None, piece) if unit.sizes else _cut(piece)
+        counted = None if rows is None else _result(self.compiled.count, rows.tensors, self.numbers)
+        left = [part for part in (rows if counted is None else None, rest) if part is not None]
+        counts = [count_agreeing(part, unit, numbers, maximize=maximize) for part in left]
+        return sum(counts, torch.zeros((), dtype=torch.int64, device=CPU) if counted is None else counted)
 
     def update_piece(
         self, piece: Piece, unit: Unit, numbers: Numbers, *, maximize: bool, mean: Tensor | None, salt: Tensor | None
     ) -> None:
         """As :func:`._sign_momentum_kernels.update_piece`."""
-        eager = functools.partial(update_piece, piece, unit, numbers, maximize=maximize, mean=mean, salt=salt)
-        tensors = None if unit.sizes else _as_run(piece)
-        if tensors is None:
-            eager()
+        eager = functools.partial(
+            update_piece, unit=unit, numbers=numbers, maximize=maximize, mean=mean, salt=salt, scratch=self.scratch
+        )
+        has_own = bool(unit.sizes) and not (mean is None and salt is None)  # each parameter of a pack
+        rows, rest = (None, piece) if has_own else _cut(piece)
+        if rest is not None:
+            eager(rest)
+        if rows is None:
             return
-        own_salt = None if salt is None else _rounding.salt_from(piece.offset, salt[unit.members[0]])
-        self.waiting.append((Run(tensors, mean, own_salt), eager))
-        if len(self.compiled.idle) == 1:
+        own_salt = None if salt is None else _rounding.salt_from(rows.offset, salt[unit.members[0]])
+        self.waiting.append((Run(rows.tensors, mean, own_salt), functools.partial(eager, rows)))
+        if unit.sizes or len(self.compiled.idle) == 1:  # a pack is written back once it is done
             self.flush()
 
     def flush(self) -> None:
@@ -263,19 +272,25 @@ def _result(kernel: Callable[..., Any], *arguments: Any) -> Any:
         return None
 
 
-def _as_run(piece: Piece) -> list[Tensor] | None:
-    """The tensors of a piece whose elements follow one another in memory, one dimension, or blocks of codes as rows.
+def _cut(piece: Piece) -> tuple[Piece | None, Piece | None]:
+    """What of a piece a kernel takes, as rows, and what is left: of its last elements, or all of it.
 
-    None for a piece that lies otherwise, or whose blocks are short, or that holds less than two elements or blocks: for
-    sizes of 0 and 1 dynamo compiles anew.
+    A kernel takes what follows one another in memory, and blocks of codes that are whole.
     """
-    if not all(map(Tensor.is_contiguous, piece.tensors)) or piece.tensors[-1].numel() < 2:
-        return None
+    tensors = piece.tensors
+    is_coded = _codes.is_coded(tensors)
+    is_run = all(map(Tensor.is_contiguous, tensors)) and piece.strides == tensors[0].stride()
+    numel = tensors[0].numel()
+    if not is_run or (is_coded and tensors[0].shape[-1] != ROW) or numel < LEAST_ROWS * ROW:
+        return None, piece
     # A kernel is made for tensors that require grad, or do not.
-    tensors = [tensor.detach() if tensor.requires_grad else tensor for tensor in piece.tensors]
-    if not _codes.is_coded(tensors):
-        return tensors if piece.strides == (1,) else None
-    *dense, scale = tensors
-    if dense[0].shape[-1] != _codes.BLOCK:
-        return None
-    return [*(tensor.view(-1, _codes.BLOCK) for tensor in dense), scale.view(-1, 1)]
+    tensors = tuple([tensor.detach() if tensor.requires_grad else tensor for tensor in tensors])
+    rest: Piece | None = None
+    if numel % ROW:
+        end = numel - numel % ROW
+        flat = [tensor.view(-1) for tensor in tensors]
+        rest = Piece(tuple([tensor[end:] for tensor in flat]), piece.offset + end)
+        tensors = tuple([tensor[:end] for tensor in flat])
+    *dense, last = tensors
+    rows = (*(tensor.view(-1, ROW) for tensor in dense), last.view(-1, 1 if is_coded else ROW))
+    return Piece(rows, piece.offset, (ROW, 1)), rest
