@@ -52,11 +52,14 @@ class Unit(NamedTuple):
         pieces: may be gone through several times; what was written to a piece is in place once the next is asked for.
         members: the positions of its parameters in the lists; several for a pack.
         sizes: of a pack, whose one piece is flat, the elements of each parameter in it; else empty.
+        copies: tensors, and what was worked on in their place and is to be copied back once all pieces are done. Only
+            while a step is recorded: dynamo of torch 2.6 goes through all of ``pieces`` before it works on the first.
     """
 
     pieces: Iterable[Piece]
     members: tuple[int, ...]
     sizes: tuple[int, ...] = ()
+    copies: Sequence[tuple[Tensor, Tensor]] = ()
 
 
 class Scratch:
@@ -100,7 +103,8 @@ def units(tensorlists: Sequence[list[Tensor]], *, pack: bool = True, cut: bool =
         if _codes.is_coded(tensors):
             # An update without kernel has half a dozen temporaries here, so its blocks are small on all devices.
             numel = LARGE_NUMEL if not cut and _codes.has_whole_blocks(tensors) else BLOCK_NUMEL
-            yield Unit(_CodedPieces(tensors, None if is_whole else numel), (index,))
+            coded = _CodedPieces(tensors, first.numel() if is_whole else numel)
+            yield coded.as_recorded(index) if is_whole else Unit(coded, (index,))
         elif is_whole:
             yield Unit([_whole(tensors)], (index,))
         else:
@@ -206,20 +210,32 @@ def _sliced(piece: Piece, numel: int) -> list[Piece]:
 class _CodedPieces:
     """The pieces of a parameter whose average is held in codes: three dimensions, the last that of a block of codes."""
 
-    def __init__(self, tensors: tuple[Tensor, ...], numel: int | None) -> None:
+    def __init__(self, tensors: tuple[Tensor, ...], numel: int) -> None:
         *self.matrices, self.scale = tensors
         self.rows, self.columns = _codes.matrix_shape(tensors[0])
-        self.numel = numel or tensors[0].numel()
+        self.numel = numel
 
     def __iter__(self) -> Iterator[Piece]:
         step = max(1, self.numel // self.columns)
         for start in range(0, self.rows, step):
-            held = [tensor[start : start + step] for tensor in self.matrices]
-            flat = [tensor.flatten(1) for tensor in held]  # views where the layout allows, else copies
-            yield from self._cut_columns([*flat, self.scale[start : start + step]], start * self.columns)
-            for index, (tensor, worked_on) in enumerate(zip(held, flat, strict=True)):
-                if index != 1 and not tensor.is_contiguous():  # gradients are read-only
-                    tensor.copy_(worked_on.view_as(tensor))
+            pieces, copies = self._cut_rows(start, start + step)
+            yield from pieces
+            for tensor, worked_on in copies:
+                tensor.copy_(worked_on)
+
+    def as_recorded(self, index: int) -> Unit:
+        """All of the parameter at this position, as one unit that is gone through once."""
+        pieces, copies = self._cut_rows(0, self.rows)
+        return Unit(list(pieces), (index,), (), copies)
+
+    def _cut_rows(self, start: int, stop: int) -> tuple[Iterator[Piece], list[tuple[Tensor, Tensor]]]:
+        """The pieces of some rows, and what of the rows is worked on in copies."""
+        held = [tensor[start:stop] for tensor in self.matrices]
+        flat = [tensor.flatten(1) for tensor in held]  # views where the layout allows, else copies
+        pieces = self._cut_columns([*flat, self.scale[start:stop]], start * self.columns)
+        weight, _, *state = zip(held, flat, strict=True)  # gradients are read-only
+        copies = [(tensor, part.view_as(tensor)) for tensor, part in (weight, *state) if not tensor.is_contiguous()]
+        return pieces, copies
 
     def _cut_columns(self, matrices: list[Tensor], offset: int) -> Iterator[Piece]:
         """Parts of whole blocks, and the rest that is shorter than a block."""

@@ -280,6 +280,8 @@ def step_unit(work: Work, unit: Unit, kernels: Kernels) -> None:
     mean = _mean_of_unit(work, unit, numbers, kernels) if work.group["trunk_cautious"] else None
     for piece in unit.pieces:
         kernels.update_piece(piece, unit, numbers, maximize=maximize, mean=mean, salt=work.salt)
+    for tensor, worked_on in unit.copies:
+        tensor.copy_(worked_on)
 
 
 def _mean_of_unit(work: Work, unit: Unit, numbers: Numbers, kernels: Kernels) -> Tensor:
