@@ -30,8 +30,10 @@ from triton.runtime import interpreter
 
 from stac_optimizer.rules._sign_momentum_triton import fused_sign_momentum
 
-# The interpreter computes with numpy, which warns of NaN and infinity.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+# The interpreter computes with numpy, which warns of NaN and infinity, and that of Triton 3.2 in a way deprecated now.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning", "ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning"
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Nothing, less than a row of 128, a block and some more, several chunks of which the last is not full.
