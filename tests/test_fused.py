@@ -167,6 +167,25 @@ def test_compiled_trunk_agrees_by_bits_and_is_compiled_once(
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not hasattr(nn.Parameter, "grad_dtype"), reason="this torch wants gradients of the weight's dtype")
+@pytest.mark.parametrize("state_dtype", [None, torch.int8])
+def test_gradients_in_double_precision_give_the_bits_of_the_default_path(state_dtype: torch.dtype | None) -> None:
+    def run(**arguments: Any) -> STAC:
+        params = weights(torch.float32)
+        optimizer = trunk_of(params, trunk_state_dtype=state_dtype, **arguments)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            for param in params.values():
+                as_any: Any = param
+                as_any.grad_dtype = torch.float64
+                param.grad = torch.randn(param.shape, generator=generator, dtype=torch.float64)
+            optimizer.step()
+        return optimizer
+
+    assert_same_runs(run(fused=True), run())
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 8, 21])
 def test_calls_take_any_number_of_weights_that_may_lie_in_one_buffer(count: int) -> None:
     """As flat buffers hold them, some of one size and some not, and small ones; nothing is compiled again for it."""

@@ -120,6 +120,19 @@ def test_pieces_in_codes_are_whole_blocks(
     assert (scale == 1).all()
 
 
+def test_empty_weight_in_codes_has_no_pieces() -> None:
+    """While a step is recorded neither, where each piece is an operation."""
+    tensors = [torch.zeros(0, 1024), torch.zeros(0, 1024), torch.zeros(0, 1024, dtype=torch.int8), torch.zeros(0, 8)]
+    for enabled in (False, True):
+        with torch.set_grad_enabled(enabled):
+            (unit,) = _units.units([[tensor] for tensor in tensors])
+            assert list(unit.pieces) == []
+
+
+class Subclass(Tensor):
+    """A tensor that may stand for something else than its memory."""
+
+
 def test_scratch_keeps_its_memory() -> None:
     scratch = _units.Scratch()
     first = scratch.like(torch.zeros(6, 10))
@@ -129,3 +142,20 @@ def test_scratch_keeps_its_memory() -> None:
     assert (smaller.data_ptr(), smaller.shape) == (first.data_ptr(), (59,))
     assert scratch.like(torch.zeros(61)).shape == (61,)
     assert scratch.like(torch.zeros(3, dtype=torch.float64)).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
+        torch.zeros(6, 10).t(),
+        torch.zeros(4, 5).as_subclass(Subclass),
+    ],
+    ids=["channels-last", "transposed", "subclass"],
+)
+def test_scratch_is_for_plain_tensors_in_rows(tensor: Tensor) -> None:
+    """In another layout an operation would take several times as long, and a subclass has memory of its own."""
+    scratch = _units.Scratch()
+    first, second = scratch.like(tensor), scratch.like(tensor)
+    assert (type(first), first.stride()) == (type(tensor), tensor.stride())
+    assert first.data_ptr() != second.data_ptr()

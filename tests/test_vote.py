@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -84,6 +85,30 @@ def test_one_voter_steps_as_without_vote(kind: str) -> None:
     expected_weights, expected = snapshot(model, optimizer)
     assert_same_bits(weights, expected_weights)
     assert_same_bits(saved["state"], expected["state"])
+
+
+def recorded() -> list[Any]:
+    """What votes left after steps as they stand, and after such that torch.compile recorded."""
+    warnings.filterwarnings("ignore", "(Graph break|Dynamo)", UserWarning)
+    left = []
+    for is_recorded in (False, True):
+        model = wide_model()
+        model[0].weight = nn.Parameter(model[0].get_parameter("weight").contiguous(memory_format=torch.channels_last))
+        optimizer = STAC(model, lr=1e-2, last_n_layers=0, trunk_state_dtype="int8", vote=MajorityVote())
+        step = torch.compile(optimizer.step, backend="eager") if is_recorded else optimizer.step
+        for seed in range(2):
+            set_gradients(model, seed)
+            step()
+        left.append(snapshot(model, optimizer))
+    return left
+
+
+@pytest.mark.slow
+def test_recorded_vote_steps_as_one_that_is_not() -> None:
+    """Weights in channels last too, whose codes are worked on in copies."""
+    ((plain, compiled),) = run_ranks(recorded, 1)
+    assert_same_bits(compiled[0], plain[0])
+    assert_same_bits(compiled[1]["state"], plain[1]["state"])
 
 
 @pytest.mark.parametrize("kind", KINDS)

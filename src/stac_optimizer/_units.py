@@ -17,7 +17,18 @@ from torch import Tensor
 
 from stac_optimizer import _codes, _tensors
 
-__all__ = ["Piece", "Scratch", "Unit", "block_numel", "blocks", "buckets", "filled", "units"]
+__all__ = [
+    "Piece",
+    "Scratch",
+    "Unit",
+    "block_numel",
+    "blocks",
+    "buckets",
+    "copy_back",
+    "filled",
+    "is_recorded",
+    "units",
+]
 
 # Elements of a block on the CPU. The four tensors that a block works on (weight, gradient, average, one temporary) then
 # stay in the cache of a core or of its neighbours; smaller blocks pay more calls, larger ones trips to memory.
@@ -49,10 +60,11 @@ class Unit(NamedTuple):
     """What an update must look at before it writes to any of it, where it depends on a whole parameter.
 
     Args:
-        pieces: may be gone through several times; what was written to a piece is in place once the next is asked for.
+        pieces: may be gone through several times; what was written to a piece is in place once the next is asked for,
+            but for ``copies``.
         members: the positions of its parameters in the lists; several for a pack.
         sizes: of a pack, whose one piece is flat, the elements of each parameter in it; else empty.
-        copies: tensors, and what was worked on in their place and is to be copied back once all pieces are done. Only
+        copies: tensors, and what was worked on in their place, for :func:`copy_back` once all pieces are done. Only
             while a step is recorded: dynamo of torch 2.6 goes through all of ``pieces`` before it works on the first.
     """
 
@@ -72,11 +84,24 @@ class Scratch:
         self._held = torch.empty(0, device="cpu")
 
     def like(self, tensor: Tensor) -> Tensor:
-        """A tensor of this shape, dtype and device, of any values; the next call takes its memory."""
+        """A tensor of this shape, dtype, device and layout, of any values; the next call takes its memory."""
+        if type(tensor) is not Tensor or not tensor.is_contiguous():
+            return torch.empty_like(tensor)
         held, numel = self._held, tensor.numel()
         if held.numel() < numel or held.dtype != tensor.dtype or held.device != tensor.device:
             self._held = held = torch.empty(numel, dtype=tensor.dtype, device=tensor.device)
         return held[:numel].view(tensor.shape)
+
+
+def is_recorded() -> bool:
+    """Whether the step is recorded, by torch.compile or for its derivative."""
+    return torch.compiler.is_compiling() or torch.is_grad_enabled()
+
+
+def copy_back(unit: Unit) -> None:
+    """Put what was worked on in copies where it belongs."""
+    for tensor, worked_on in unit.copies:
+        tensor.copy_(worked_on)
 
 
 def block_numel(tensor: Tensor) -> int:
@@ -92,7 +117,7 @@ def units(tensorlists: Sequence[list[Tensor]], *, pack: bool = True, cut: bool =
         pack: whether parameters may share a unit.
         cut: whether tensors of one dense layout are cut into blocks; where not, those in codes are in larger ones.
     """
-    is_whole = torch.compiler.is_compiling() or torch.is_grad_enabled()
+    is_whole = is_recorded()
     packed = _packable(tensorlists) if pack and not is_whole else {}
     are_packed = {index for members in packed.values() for index in members}
     for index in range(len(tensorlists[0])):
@@ -225,10 +250,10 @@ class _CodedPieces:
 
     def as_recorded(self, index: int) -> Unit:
         """All of the parameter at this position, as one unit that is gone through once."""
-        pieces, copies = self._cut_rows(0, self.rows)
+        pieces, copies = self._cut_rows(0, self.rows) if self.rows else ((), ())
         return Unit(list(pieces), (index,), (), copies)
 
-    def _cut_rows(self, start: int, stop: int) -> tuple[Iterator[Piece], list[tuple[Tensor, Tensor]]]:
+    def _cut_rows(self, start: int, stop: int) -> tuple[Iterable[Piece], Sequence[tuple[Tensor, Tensor]]]:
         """The pieces of some rows, and what of the rows is worked on in copies."""
         held = [tensor[start:stop] for tensor in self.matrices]
         flat = [tensor.flatten(1) for tensor in held]  # views where the layout allows, else copies

@@ -80,7 +80,7 @@ class Variant(NamedTuple):
 
 
 def compiled(work: Work) -> None:
-    """Update parameters of one dtype; what is small, in mixed layouts, or cannot be compiled, as by default."""
+    """Update parameters of one dtype; what is in mixed layouts or does not fill rows, as by default."""
     is_worth_it = any(param.numel() > _units.PACK_NUMEL for param in work.tensorlists[0])
     found = _compiled(_variant(work)) if is_worth_it else None
     if found is None:
@@ -108,7 +108,8 @@ class Run(NamedTuple):
     """What a kernel does in one loop: tensors whose rows follow one another, and what belongs to these alone.
 
     Args:
-        tensors: weight, gradient; with momentum the average, as codes also the scales. Rows of ``ROW`` elements.
+        tensors: weight, gradient; with momentum the average, in rows of ``ROW`` elements; as codes also the
+            scales, one for each row.
         mean: of the mask, or None.
         salt: for stochastic rounding, or None.
     """
@@ -227,7 +228,7 @@ class _Bound:
 
     def count_agreeing(self, piece: Piece, unit: Unit, numbers: Numbers, *, maximize: bool) -> Tensor:
         """As :func:`._sign_momentum_kernels.count_agreeing`."""
-        rows, rest = (None, piece) if unit.sizes else _cut(piece)
+        rows, rest = _cut(piece)
         counted = None if rows is None else _result(self.compiled.count, rows.tensors, self.numbers)
         left = [part for part in (rows if counted is None else None, rest) if part is not None]
         counts = [count_agreeing(part, unit, numbers, maximize=maximize) for part in left]

@@ -41,8 +41,9 @@ def fused(work: Work) -> None:
     """Update by the kernels of each device."""
     for indices in _tensors.indices_by_device_and_dtype(work.tensorlists):
         some = work.only(indices)
-        param, _, *state = (tensors[0] for tensors in some.tensorlists)
-        if _is_wider(state, param):
+        param, grad, *state = (tensors[0] for tensors in some.tensorlists)
+        # On CUDA not by the gradient: skips_by_itself, which knows none, has to find the same.
+        if _is_wider([grad, *state] if param.is_cpu else state, param):
             single_tensor(some)
         elif param.is_cpu:
             compiled(some)
@@ -100,9 +101,9 @@ def fits_triton(param: Tensor, state: Sequence[Tensor], whole: Tensor, group: Gr
     return _tensors.is_dense(param) and is_alike and not _is_wider(state, param)
 
 
-def _is_wider(state: Sequence[Tensor], param: Tensor) -> bool:
-    """Whether an average, which a checkpoint brought, is wider than the arithmetic of the kernels."""
-    return any(average.dtype == WIDEST != param.dtype for average in state[:1])
+def _is_wider(tensors: Sequence[Tensor], param: Tensor) -> bool:
+    """Whether one of these, such as an average that a checkpoint brought, is wider than the kernels' arithmetic."""
+    return any(tensor.dtype == WIDEST != param.dtype for tensor in tensors)
 
 
 def skips_by_itself(group: Group, states: Mapping[Tensor, Mapping[str, Tensor]]) -> bool:

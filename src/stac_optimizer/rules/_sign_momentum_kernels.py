@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from stac_optimizer import _codes, _rounding, _shards, _tensors
-from stac_optimizer._units import Piece, Scratch, Unit, units
+from stac_optimizer._units import Piece, Scratch, Unit, copy_back, is_recorded, units
 from stac_optimizer.rules._rule import Group
 
 __all__ = [
@@ -118,7 +118,11 @@ def _average(
     if not exp_avg:
         return grad, None
     held = exp_avg[0]
-    average = _codes.decode(*exp_avg) if held.dtype == torch.int8 else held.to(wider(held, grad))
+    if held.dtype == torch.int8:
+        average = _codes.decode(*exp_avg)
+        grad = grad.to(average.dtype)
+    else:
+        average = held.to(wider(held, grad))
     change = grad - average if scratch is None else torch.sub(grad, average, out=scratch.like(average))
     return average, change.mul_(numbers.change_factor)
 
@@ -261,8 +265,7 @@ class Kernels(NamedTuple):
 
 def single_tensor(work: Work) -> None:
     """Update one unit of work after the other."""
-    is_traced = torch.compiler.is_compiling() or torch.is_grad_enabled()
-    kernels = Kernels() if is_traced else Kernels(update_piece=functools.partial(update_piece, scratch=Scratch()))
+    kernels = Kernels() if is_recorded() else Kernels(update_piece=functools.partial(update_piece, scratch=Scratch()))
     for unit in units(work.tensorlists, pack=can_pack(work)):
         step_unit(work, unit, kernels)
 
@@ -280,8 +283,7 @@ def step_unit(work: Work, unit: Unit, kernels: Kernels) -> None:
     mean = _mean_of_unit(work, unit, numbers, kernels) if work.group["trunk_cautious"] else None
     for piece in unit.pieces:
         kernels.update_piece(piece, unit, numbers, maximize=maximize, mean=mean, salt=work.salt)
-    for tensor, worked_on in unit.copies:
-        tensor.copy_(worked_on)
+    copy_back(unit)
 
 
 def _mean_of_unit(work: Work, unit: Unit, numbers: Numbers, kernels: Kernels) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stac_optimizer import _bits, _codes, _rounding, _tensors
 from stac_optimizer._ballots import Ballot
-from stac_optimizer._units import Scratch, Unit, filled, units
+from stac_optimizer._units import Scratch, Unit, copy_back, filled, is_recorded, units
 from stac_optimizer.rules._sign_momentum_kernels import Work, accumulate, move
 from stac_optimizer.vote import Voters
 
@@ -63,7 +63,7 @@ def _cast(work: Work, chosen: Sequence[int], voters: Voters) -> tuple[Ballot, li
             starts.append(end)
             end += _bits.words_for(piece.tensors[0].numel()) * _bits.WORD
         votes.append(_Vote(one, unit, starts))
-    scratch = Scratch()
+    scratch = None if is_recorded() else Scratch()
     ballot = voters.ballot(end, work.tensorlists[0][chosen[0]].device)
     for one, unit, starts in votes:
         numbers = one.numbers(one.tensorlists[0][0].device)
@@ -92,6 +92,7 @@ def _apply(ballot: Ballot, votes: Sequence[_Vote]) -> None:
             direction = ballot.direction(start, param.numel(), dtype).view(param.shape)
             noise = None if one.salt is None else _rounding.noise_of(piece, unit, one.salt)
             move(param, direction.to(param.device), numbers.lr, numbers.decay_factor, is_unit=True, noise=noise)
+        copy_back(unit)
 
 
 def average_state(exp_avg: Tensor, exp_avg_scale: Tensor | None, param: Tensor, voters: Voters) -> None:

@@ -198,8 +198,7 @@ def _adamw_in_blocks(work: Work, *, foreach: bool) -> None:
 
 
 def _block_numel(param: Tensor) -> int:
-    is_whole = torch.compiler.is_compiling() or torch.is_grad_enabled()
-    return param.numel() if is_whole else _units.block_numel(param)
+    return param.numel() if _units.is_recorded() else _units.block_numel(param)
 
 
 def _blocks(work: Work, *, cut: bool = True) -> Iterator[tuple[Work, Piece]]:
