@@ -102,4 +102,5 @@ def parameter_state(optimizer: STAC, model: nn.Module, name: str) -> dict[str, A
 def set_units(monkeypatch: pytest.MonkeyPatch, *, block: int = 1 << 40, pack: int = 0) -> None:
     """Set the units of work on the CPU; by default every tensor is one."""
     monkeypatch.setattr(_units, "BLOCK_NUMEL", block)
+    monkeypatch.setattr(_units, "CODED_NUMEL", block)
     monkeypatch.setattr(_units, "PACK_NUMEL", pack)

@@ -335,7 +335,8 @@ def test_machine_that_cannot_compile_falls_back_with_one_warning(
         from stac_optimizer import _units
         from tests.test_fused import PACK, assert_falls_back
         torch.set_num_threads(1)
-        _units.BLOCK_NUMEL, _units.PACK_NUMEL = 1000, PACK
+        _units.BLOCK_NUMEL = _units.CODED_NUMEL = 1000
+        _units.PACK_NUMEL = PACK
         print(assert_falls_back((torch.float32, torch.bfloat16)))
     """
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -33,6 +33,8 @@ __all__ = [
 # Elements of a block on the CPU. The four tensors that a block works on (weight, gradient, average, one temporary) then
 # stay in the cache of a core or of its neighbours; smaller blocks pay more calls, larger ones trips to memory.
 BLOCK_NUMEL = 512 * 1024
+# The same for averages in codes, whose update without kernel has half a dozen temporaries, on all devices.
+CODED_NUMEL = 256 * 1024
 # Where a call costs more beside the bytes, on other devices and for compiled kernels: a temporary of 8 MiB in float32.
 LARGE_NUMEL = 2 * 1024 * 1024
 # A tensor of at most this many elements is packed with others until they fill a block.
@@ -75,21 +77,26 @@ class Unit(NamedTuple):
 
 
 class Scratch:
-    """Memory for the temporaries of one piece after the other, one at a time.
+    """Memory for temporaries of one piece after the other, two at a time.
 
     On the CPU memory fresh from the system costs a page fault for every 4 KiB, several times what the arithmetic takes.
     """
 
     def __init__(self) -> None:
-        self._held = torch.empty(0, device="cpu")
+        self._held = [torch.empty(0, device="cpu")] * 2
 
-    def like(self, tensor: Tensor) -> Tensor:
-        """A tensor of this shape, dtype, device and layout, of any values; the next call takes its memory."""
+    def like(self, tensor: Tensor, place: int = 0) -> Tensor:
+        """A tensor of this shape, dtype, device and layout, of any values.
+
+        Args:
+            tensor: whose like it is.
+            place: 0 or 1; the next call for the same place takes its memory.
+        """
         if type(tensor) is not Tensor or not tensor.is_contiguous():
             return torch.empty_like(tensor)
-        held, numel = self._held, tensor.numel()
+        held, numel = self._held[place], tensor.numel()
         if held.numel() < numel or held.dtype != tensor.dtype or held.device != tensor.device:
-            self._held = held = torch.empty(numel, dtype=tensor.dtype, device=tensor.device)
+            self._held[place] = held = torch.empty(numel, dtype=tensor.dtype, device=tensor.device)
         return held[:numel].view(tensor.shape)
 
 
@@ -126,8 +133,7 @@ def units(tensorlists: Sequence[list[Tensor]], *, pack: bool = True, cut: bool =
         tensors = tuple([held[index] for held in tensorlists])
         first = tensors[0]
         if _codes.is_coded(tensors):
-            # An update without kernel has half a dozen temporaries here, so its blocks are small on all devices.
-            numel = LARGE_NUMEL if not cut and _codes.has_whole_blocks(tensors) else BLOCK_NUMEL
+            numel = LARGE_NUMEL if not cut and _codes.has_whole_blocks(tensors) else CODED_NUMEL
             coded = _CodedPieces(tensors, first.numel() if is_whole else numel)
             yield coded.as_recorded(index) if is_whole else Unit(coded, (index,))
         elif is_whole:

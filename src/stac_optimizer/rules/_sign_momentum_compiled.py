@@ -231,7 +231,7 @@ class _Bound:
         rows, rest = _cut(piece)
         counted = None if rows is None else _result(self.compiled.count, rows.tensors, self.numbers)
         left = [part for part in (rows if counted is None else None, rest) if part is not None]
-        counts = [count_agreeing(part, unit, numbers, maximize=maximize) for part in left]
+        counts = [count_agreeing(part, unit, numbers, maximize=maximize, scratch=self.scratch) for part in left]
         return sum(counts, torch.zeros((), dtype=torch.int64, device=CPU) if counted is None else counted)
 
     def update_piece(

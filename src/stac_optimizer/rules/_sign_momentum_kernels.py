@@ -42,6 +42,7 @@ __all__ = [
 
 # Liang et al. divide the masked step by the mean of the mask, floored by this.
 LEAST_AGREEMENT = 1e-3
+EXACT_SUM = 2**24
 
 
 class Numbers(NamedTuple):
@@ -132,19 +133,25 @@ def wider(average: Tensor, grad: Tensor) -> torch.dtype:
     return torch.promote_types(average.dtype, grad.dtype)
 
 
-def _mask(average: Tensor, grad: Tensor) -> Tensor:
-    """[m * g > 0] as 1 and 0, by the signs, for the product may underflow.
+def _sign(tensor: Tensor, scratch: Scratch | None, place: int = 0) -> Tensor:
+    return torch.sign(tensor) if scratch is None else torch.sign(tensor, out=scratch.like(tensor, place))
+
+
+def _mask(signs: Tensor, grad: Tensor, scratch: Scratch | None) -> Tensor:
+    """[m * g > 0] as 1 and 0, from the signs of m, for the product may underflow.
 
     In numbers, not booleans, whose products and comparisons are several times slower on the CPU.
     """
-    return torch.sign(average).mul_(torch.sign(grad)).clamp_min_(0)
+    return _sign(grad, scratch, 1).mul_(signs).clamp_min_(0)
 
 
-def next_mask(grad: Tensor, exp_avg: Sequence[Tensor], numbers: Numbers, *, maximize: bool) -> Tensor:
+def next_mask(
+    grad: Tensor, exp_avg: Sequence[Tensor], numbers: Numbers, *, maximize: bool, scratch: Scratch | None = None
+) -> Tensor:
     """The mask that :func:`update` will find. Writes nothing."""
     grad = _prepared(grad, numbers, maximize=maximize)
-    average, change = _average(grad, exp_avg, numbers)
-    return _mask(average if change is None else average + change, grad)
+    average, change = _average(grad, exp_avg, numbers, scratch)
+    return _mask(_sign(average if change is None else change.add_(average), scratch), grad, scratch)
 
 
 def update(
@@ -173,10 +180,11 @@ def update(
         signed = torch.where(average > 0, numbers.lr, torch.where(average < 0, -numbers.lr, 0.0))
         move(param, signed.add_(average, alpha=0), 1.0, numbers.decay_factor, is_unit=True, noise=noise)
         return
-    direction = torch.sign(average) if scratch is None else torch.sign(average, out=scratch.like(average))
+    direction = _sign(average, scratch)
+    factor = None if mean is None else _mask(direction, grad, scratch).div_(mean)
     direction.add_(average, alpha=0)  # Note [Non-finite averages]
-    if mean is not None:
-        direction.mul_(_mask(average, grad)).div_(mean)
+    if factor is not None:
+        direction.mul_(factor)
     move(param, direction, numbers.lr, numbers.decay_factor, is_unit=mean is None, noise=noise)
 
 
@@ -235,10 +243,17 @@ def _store(average: Tensor, exp_avg: Sequence[Tensor]) -> None:
         _tensors.downcast(average, exp_avg[0])
 
 
-def count_agreeing(piece: Piece, unit: Unit, numbers: Numbers, *, maximize: bool) -> Tensor:
+def count_agreeing(
+    piece: Piece, unit: Unit, numbers: Numbers, *, maximize: bool, scratch: Scratch | None = None
+) -> Tensor:
     """How many elements the mask of a piece will let pass."""
     _, grad, *exp_avg = piece.tensors
-    return next_mask(grad, exp_avg, numbers, maximize=maximize).count_nonzero()
+    return _count(next_mask(grad, exp_avg, numbers, maximize=maximize, scratch=scratch))
+
+
+def _count(mask: Tensor) -> Tensor:
+    """How many elements a mask lets pass: their sum where float32 holds it exactly, which is 30 times as fast."""
+    return mask.sum().to(torch.int64) if mask.numel() <= EXACT_SUM else mask.count_nonzero()
 
 
 def update_piece(
@@ -265,7 +280,9 @@ class Kernels(NamedTuple):
 
 def single_tensor(work: Work) -> None:
     """Update one unit of work after the other."""
-    kernels = Kernels() if is_recorded() else Kernels(update_piece=functools.partial(update_piece, scratch=Scratch()))
+    scratch = None if is_recorded() else Scratch()
+    partial = functools.partial
+    kernels = Kernels(partial(count_agreeing, scratch=scratch), partial(update_piece, scratch=scratch))
     for unit in units(work.tensorlists, pack=can_pack(work)):
         step_unit(work, unit, kernels)
 
@@ -300,7 +317,7 @@ def _mean_of_unit(work: Work, unit: Unit, numbers: Numbers, kernels: Kernels) ->
             for _, grad, *exp_avg in (piece.tensors for piece in unit.pieces)
         ]
         sizes = torch.tensor(unit.sizes, device="cpu")
-        agreeing = torch.stack([part.count_nonzero() for part in mask.split(list(unit.sizes))])
+        agreeing = torch.stack([_count(part) for part in mask.split(list(unit.sizes))])
         means = (agreeing.to(dtype) / sizes).clamp_(min=LEAST_AGREEMENT)
         return means.repeat_interleave(sizes, output_size=sum(unit.sizes))
     counts = [kernels.count_agreeing(piece, unit, numbers, maximize=maximize) for piece in unit.pieces]
