@@ -17,16 +17,13 @@ from torch import Tensor
 from stac_optimizer import _codes, _rounding, _tensors, _units
 from stac_optimizer._units import Piece, Scratch, Unit, units
 from stac_optimizer._validation import warn
-from stac_optimizer.rules._sign_momentum_kernels import (
+from stac_optimizer.rules._sign_momentum_kernels import Numbers, Work, next_mask, update
+from stac_optimizer.rules._sign_momentum_single import (
     Kernels,
-    Numbers,
-    Work,
     can_pack,
     count_agreeing,
-    next_mask,
     single_tensor,
     step_unit,
-    update,
     update_piece,
 )
 
@@ -212,7 +209,7 @@ def _probe_numbers(variant: Variant) -> Numbers:
 
 
 class _Bound:
-    """The kernels of :mod:`._sign_momentum_kernels` for some work: compiled ones for what they fit, else those.
+    """The kernels of :mod:`._sign_momentum_single` for some work: compiled ones for what they fit, else those.
 
     Updates that can be called several at once wait for the last: Python is twice as fast while no kernel has swept it
     from the caches.
@@ -227,7 +224,7 @@ class _Bound:
         self.scratch = Scratch()
 
     def count_agreeing(self, piece: Piece, unit: Unit, numbers: Numbers, *, maximize: bool) -> Tensor:
-        """As :func:`._sign_momentum_kernels.count_agreeing`."""
+        """As :func:`._sign_momentum_single.count_agreeing`."""
         rows, rest = _cut(piece)
         counted = None if rows is None else _result(self.compiled.count, rows.tensors, self.numbers)
         left = [part for part in (rows if counted is None else None, rest) if part is not None]
@@ -237,7 +234,7 @@ class _Bound:
     def update_piece(
         self, piece: Piece, unit: Unit, numbers: Numbers, *, maximize: bool, mean: Tensor | None, salt: Tensor | None
     ) -> None:
-        """As :func:`._sign_momentum_kernels.update_piece`."""
+        """As :func:`._sign_momentum_single.update_piece`."""
         eager = functools.partial(
             update_piece, unit=unit, numbers=numbers, maximize=maximize, mean=mean, salt=salt, scratch=self.scratch
         )

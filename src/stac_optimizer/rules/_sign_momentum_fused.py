@@ -12,7 +12,8 @@ from torch import Tensor
 from stac_optimizer import _codes, _shards, _tensors
 from stac_optimizer.rules._rule import Group
 from stac_optimizer.rules._sign_momentum_compiled import compiled
-from stac_optimizer.rules._sign_momentum_kernels import LEAST_AGREEMENT, Work, single_tensor
+from stac_optimizer.rules._sign_momentum_kernels import LEAST_AGREEMENT, Work
+from stac_optimizer.rules._sign_momentum_single import single_tensor
 
 __all__ = ["fused", "has_fused", "skips_by_itself"]
 

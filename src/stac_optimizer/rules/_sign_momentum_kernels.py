@@ -1,4 +1,4 @@
-"""How the trunk's update runs on tensors, one at a time in blocks. See :mod:`.sign_momentum` for the rule.
+"""The arithmetic of the trunk's update on one piece of a weight. See :mod:`.sign_momentum` for the rule.
 
 Note [Same operations on every path]. A difference in the last bit of m can flip a sign and so move a weight by 2 lr. So
 the paths run the same operations in the same order, and each operation is a single correctly rounded one:
@@ -12,37 +12,29 @@ is sign(m) for every finite m, and NaN for NaN and infinity, so the weight shows
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from stac_optimizer import _codes, _rounding, _shards, _tensors
-from stac_optimizer._units import Piece, Scratch, Unit, copy_back, is_recorded, units
+from stac_optimizer import _codes, _rounding, _tensors
+from stac_optimizer._units import Scratch
 from stac_optimizer.rules._rule import Group
 
 __all__ = [
     "LEAST_AGREEMENT",
-    "Kernels",
     "Numbers",
     "Work",
     "accumulate",
-    "can_pack",
-    "count_agreeing",
     "move",
     "next_mask",
-    "single_tensor",
-    "step_unit",
     "update",
-    "update_piece",
     "wider",
 ]
 
 # Liang et al. divide the masked step by the mean of the mask, floored by this.
 LEAST_AGREEMENT = 1e-3
-EXACT_SUM = 2**24
 
 
 class Numbers(NamedTuple):
@@ -241,89 +233,3 @@ def _store(average: Tensor, exp_avg: Sequence[Tensor]) -> None:
         _codes.encode_(average, *exp_avg)
     else:
         _tensors.downcast(average, exp_avg[0])
-
-
-def count_agreeing(
-    piece: Piece, unit: Unit, numbers: Numbers, *, maximize: bool, scratch: Scratch | None = None
-) -> Tensor:
-    """How many elements the mask of a piece will let pass."""
-    _, grad, *exp_avg = piece.tensors
-    return _count(next_mask(grad, exp_avg, numbers, maximize=maximize, scratch=scratch))
-
-
-def _count(mask: Tensor) -> Tensor:
-    """How many elements a mask lets pass: their sum where float32 holds it exactly, which is 30 times as fast."""
-    return mask.sum().to(torch.int64) if mask.numel() <= EXACT_SUM else mask.count_nonzero()
-
-
-def update_piece(
-    piece: Piece,
-    unit: Unit,
-    numbers: Numbers,
-    *,
-    maximize: bool,
-    mean: Tensor | None,
-    salt: Tensor | None,
-    scratch: Scratch | None = None,
-) -> None:
-    """Update a piece of a unit, with stochastic rounding where there is salt."""
-    noise = None if salt is None else _rounding.noise_of(piece, unit, salt)
-    update(piece.tensors, numbers, maximize=maximize, mean=mean, noise=noise, scratch=scratch)
-
-
-class Kernels(NamedTuple):
-    """What runs on a piece."""
-
-    count_agreeing: Callable[..., Tensor] = count_agreeing
-    update_piece: Callable[..., None] = update_piece
-
-
-def single_tensor(work: Work) -> None:
-    """Update one unit of work after the other."""
-    scratch = None if is_recorded() else Scratch()
-    partial = functools.partial
-    kernels = Kernels(partial(count_agreeing, scratch=scratch), partial(update_piece, scratch=scratch))
-    for unit in units(work.tensorlists, pack=can_pack(work)):
-        step_unit(work, unit, kernels)
-
-
-def can_pack(work: Work) -> bool:
-    """Whether parameters may share a unit: a mean over shards is taken parameter by parameter."""
-    return not (work.group["trunk_cautious"] and any(map(_shards.is_sharded, work.wholes)))
-
-
-def step_unit(work: Work, unit: Unit, kernels: Kernels) -> None:
-    """Update a unit of work."""
-    maximize = work.group["maximize"]
-    numbers = work.numbers(work.tensorlists[0][unit.members[0]].device)
-    # Before the first weight, so averages are computed here and again in the update: that costs less than keeping them.
-    mean = _mean_of_unit(work, unit, numbers, kernels) if work.group["trunk_cautious"] else None
-    for piece in unit.pieces:
-        kernels.update_piece(piece, unit, numbers, maximize=maximize, mean=mean, salt=work.salt)
-    copy_back(unit)
-
-
-def _mean_of_unit(work: Work, unit: Unit, numbers: Numbers, kernels: Kernels) -> Tensor:
-    """The mean of a parameter's mask, floored, or one for each element of a pack.
-
-    A count over a number: exact however a parameter is cut or sharded.
-    """
-    maximize = work.group["maximize"]
-    whole, local = work.wholes[unit.members[0]], work.tensorlists[0][unit.members[0]]
-    dtype = _tensors.arithmetic_dtype(local.dtype)
-    if unit.sizes:
-        (mask,) = [
-            next_mask(grad, exp_avg, numbers, maximize=maximize)
-            for _, grad, *exp_avg in (piece.tensors for piece in unit.pieces)
-        ]
-        sizes = torch.tensor(unit.sizes, device="cpu")
-        agreeing = torch.stack([_count(part) for part in mask.split(list(unit.sizes))])
-        means = (agreeing.to(dtype) / sizes).clamp_(min=LEAST_AGREEMENT)
-        return means.repeat_interleave(sizes, output_size=sum(unit.sizes))
-    counts = [kernels.count_agreeing(piece, unit, numbers, maximize=maximize) for piece in unit.pieces]
-    counts = counts or [torch.zeros((), dtype=torch.int64, device=local.device)]  # an empty shard has no pieces
-    agreeing = _shards.sum_over_shards(torch.stack(counts).sum(), whole)
-    numel = whole.numel() * (2 if whole.is_complex() else 1)
-    # By a tensor: on CUDA a quotient by a number is a product with its reciprocal, and rounds twice.
-    agreeing = agreeing.to(dtype)
-    return agreeing.div_(torch.full_like(agreeing, numel)).clamp_(min=LEAST_AGREEMENT)

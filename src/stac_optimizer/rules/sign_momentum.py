@@ -20,7 +20,8 @@ from stac_optimizer._validation import boolean, one_of, unit_fraction
 from stac_optimizer.rules._rule import Group, Hyperparameter, Rule, StateTensor, StepInputs
 from stac_optimizer.rules._sign_momentum_foreach import multi_tensor
 from stac_optimizer.rules._sign_momentum_fused import fused, has_fused, skips_by_itself
-from stac_optimizer.rules._sign_momentum_kernels import Work, single_tensor
+from stac_optimizer.rules._sign_momentum_kernels import Work
+from stac_optimizer.rules._sign_momentum_single import single_tensor
 from stac_optimizer.rules._sign_momentum_vote import average_state, by_vote
 from stac_optimizer.vote import ENCODINGS, Voters
 
