@@ -327,19 +327,26 @@ def test_state_has_declared_keys_shapes_dtypes_and_layouts() -> None:
 
 
 # AdamW raises its betas to the power of a float32 counter, hence its tolerance.
-@pytest.mark.parametrize(("role", "tolerance"), [("trunk", 0.0), ("cap", 1e-5)])
-def test_differentiable_step_gives_gradients_of_lr_and_weight(role: str, tolerance: float) -> None:
+@pytest.mark.parametrize(
+    ("role", "arguments", "tolerance"),
+    [("trunk", {}, 0.0), ("trunk", {"trunk_cautious": True}, 0.0), ("cap", {}, 1e-5)],
+)
+def test_differentiable_step_gives_gradients_of_lr_weight_and_what_its_gradient_came_from(
+    role: str, arguments: dict[str, Any], tolerance: float
+) -> None:
     """From p = 2 with decay 0.5 and gradient 3: p - lr * 0.5 * p - lr, for AdamW's first step is a sign too."""
     lr = torch.tensor(0.25, dtype=torch.float64, requires_grad=True)
     leaf = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
     weight = leaf.clone()
     groups = [{"params": [("w", weight)], "stac_role": role}]
-    optimizer = STAC(groups, lr=lr, weight_decay=0.5, eps=0.0, differentiable=True)
-    weight.grad = torch.tensor([3.0], dtype=torch.float64)
+    optimizer = STAC(groups, lr=lr, weight_decay=0.5, eps=0.0, differentiable=True, **arguments)
+    source = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    weight.grad = 3 * source
     optimizer.step()
-    gradients = torch.autograd.grad(weight.sum(), [lr, leaf])
+    gradients = torch.autograd.grad(weight.sum(), [lr, leaf, source])
     assert gradients[0].item() == pytest.approx(-0.5 * 2.0 - 1.0, abs=tolerance)
     assert gradients[1].item() == pytest.approx(1 - 0.25 * 0.5, abs=tolerance)
+    assert gradients[2].item() == pytest.approx(0.0, abs=tolerance)
 
 
 def test_default_path_is_the_one_torch_would_take(monkeypatch: pytest.MonkeyPatch) -> None:

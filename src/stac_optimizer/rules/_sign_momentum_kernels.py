@@ -126,7 +126,8 @@ def wider(average: Tensor, grad: Tensor) -> torch.dtype:
 
 
 def _sign(tensor: Tensor, scratch: Scratch | None, place: int = 0) -> Tensor:
-    return torch.sign(tensor) if scratch is None else torch.sign(tensor, out=scratch.like(tensor, place))
+    # A constant for derivatives: what is not recorded may be changed in place.
+    return torch.sign(tensor.detach(), out=None if scratch is None else scratch.like(tensor, place))
 
 
 def _mask(signs: Tensor, grad: Tensor, scratch: Scratch | None) -> Tensor:
