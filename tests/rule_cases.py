@@ -73,13 +73,14 @@ def _cap(name: str, **arguments: Any) -> RuleCase:
     )
 
 
+CAUTIOUS = _trunk("cautious", trunk_cautious=True)
 RULE_CASES = (
     _trunk("default"),
     _trunk("no-decay", weight_decay=0.0),
     _trunk("maximize", maximize=True, trunk_momentum=0.5),
     _trunk("no-momentum", trunk_momentum=0.0),
     _trunk("no-momentum-maximize", trunk_momentum=0.0, maximize=True),
-    _trunk("cautious", trunk_cautious=True),
+    CAUTIOUS,
     _trunk("cautious-maximize", trunk_cautious=True, maximize=True),
     _trunk("cautious-no-momentum", trunk_cautious=True, trunk_momentum=0.0, maximize=True),
     _cap("default"),

@@ -105,9 +105,9 @@ def is_recorded() -> bool:
     return torch.compiler.is_compiling() or torch.is_grad_enabled()
 
 
-def copy_back(unit: Unit) -> None:
-    """Put what was worked on in copies where it belongs."""
-    for tensor, worked_on in unit.copies:
+def copy_back(copies: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Put what was worked on in copies, the second of each pair, where it belongs."""
+    for tensor, worked_on in copies:
         tensor.copy_(worked_on)
 
 
@@ -132,10 +132,11 @@ def units(tensorlists: Sequence[list[Tensor]], *, pack: bool = True, cut: bool =
             continue
         tensors = tuple([held[index] for held in tensorlists])
         first = tensors[0]
-        if _codes.is_coded(tensors):
+        if _codes.is_coded(tensors) and is_whole:
+            yield _CodedPieces(tensors, first.numel()).as_recorded(index)
+        elif _codes.is_coded(tensors):
             numel = LARGE_NUMEL if not cut and _codes.has_whole_blocks(tensors) else CODED_NUMEL
-            coded = _CodedPieces(tensors, first.numel() if is_whole else numel)
-            yield coded.as_recorded(index) if is_whole else Unit(coded, (index,))
+            yield Unit(_CodedPieces(tensors, numel), (index,))
         elif is_whole:
             yield Unit([_whole(tensors)], (index,))
         else:
@@ -251,8 +252,7 @@ class _CodedPieces:
         for start in range(0, self.rows, step):
             pieces, copies = self._cut_rows(start, start + step)
             yield from pieces
-            for tensor, worked_on in copies:
-                tensor.copy_(worked_on)
+            copy_back(copies)
 
     def as_recorded(self, index: int) -> Unit:
         """All of the parameter at this position, as one unit that is gone through once."""

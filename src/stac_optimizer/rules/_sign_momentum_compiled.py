@@ -225,11 +225,12 @@ class _Bound:
 
     def count_agreeing(self, piece: Piece, unit: Unit, numbers: Numbers, *, maximize: bool) -> Tensor:
         """As :func:`._sign_momentum_single.count_agreeing`."""
+        eager = functools.partial(count_agreeing, unit=unit, numbers=numbers, maximize=maximize, scratch=self.scratch)
         rows, rest = _cut(piece)
-        counted = None if rows is None else _result(self.compiled.count, rows.tensors, self.numbers)
-        left = [part for part in (rows if counted is None else None, rest) if part is not None]
-        counts = [count_agreeing(part, unit, numbers, maximize=maximize, scratch=self.scratch) for part in left]
-        return sum(counts, torch.zeros((), dtype=torch.int64, device=CPU) if counted is None else counted)
+        counted: Tensor | None = None if rows is None else _result(self.compiled.count, rows.tensors, self.numbers)
+        if counted is None:
+            return eager(piece)
+        return counted if rest is None else counted + eager(rest)
 
     def update_piece(
         self, piece: Piece, unit: Unit, numbers: Numbers, *, maximize: bool, mean: Tensor | None, salt: Tensor | None

@@ -116,7 +116,7 @@ def _average(
         grad = grad.to(average.dtype)
     else:
         average = held.to(wider(held, grad))
-    change = grad - average if scratch is None else torch.sub(grad, average, out=scratch.like(average))
+    change = torch.sub(grad, average, out=None if scratch is None else scratch.like(average))
     return average, change.mul_(numbers.change_factor)
 
 

@@ -50,15 +50,16 @@ def update_piece(
 class Kernels(NamedTuple):
     """What runs on a piece."""
 
-    count_agreeing: Callable[..., Tensor] = count_agreeing
-    update_piece: Callable[..., None] = update_piece
+    count_agreeing: Callable[..., Tensor]
+    update_piece: Callable[..., None]
 
 
 def single_tensor(work: Work) -> None:
     """Update one unit of work after the other."""
     scratch = None if is_recorded() else Scratch()
-    partial = functools.partial
-    kernels = Kernels(partial(count_agreeing, scratch=scratch), partial(update_piece, scratch=scratch))
+    kernels = Kernels(
+        functools.partial(count_agreeing, scratch=scratch), functools.partial(update_piece, scratch=scratch)
+    )
     for unit in units(work.tensorlists, pack=can_pack(work)):
         step_unit(work, unit, kernels)
 
@@ -76,7 +77,7 @@ def step_unit(work: Work, unit: Unit, kernels: Kernels) -> None:
     mean = _mean_of_unit(work, unit, numbers, kernels) if work.group["trunk_cautious"] else None
     for piece in unit.pieces:
         kernels.update_piece(piece, unit, numbers, maximize=maximize, mean=mean, salt=work.salt)
-    copy_back(unit)
+    copy_back(unit.copies)
 
 
 def _mean_of_unit(work: Work, unit: Unit, numbers: Numbers, kernels: Kernels) -> Tensor:

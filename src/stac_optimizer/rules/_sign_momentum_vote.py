@@ -92,7 +92,7 @@ def _apply(ballot: Ballot, votes: Sequence[_Vote]) -> None:
             direction = ballot.direction(start, param.numel(), dtype).view(param.shape)
             noise = None if one.salt is None else _rounding.noise_of(piece, unit, one.salt)
             move(param, direction.to(param.device), numbers.lr, numbers.decay_factor, is_unit=True, noise=noise)
-        copy_back(unit)
+        copy_back(unit.copies)
 
 
 def average_state(exp_avg: Tensor, exp_avg_scale: Tensor | None, param: Tensor, voters: Voters) -> None:

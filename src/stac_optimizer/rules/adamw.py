@@ -126,12 +126,17 @@ def _fused_adamw(work: Work) -> None:
         if not ok:
             _adamw_in_blocks(one, foreach=False)
         elif not is_done:
-            one = one.using(one.params, list(map(_tensors.in_layout_of, one.params, one.grads)), one.states)
+            one = _in_layout(one)
             is_shard = _ends_elsewhere(one, 0)
             for block, _ in _blocks(one, cut=not is_shard):
                 _fused_block(
                     block.using(block.params, [grad.clone() for grad in block.grads], block.states), is_shard=is_shard
                 )
+
+
+def _in_layout(work: Work) -> Work:
+    """The same with gradients in the layout of their parameters."""
+    return work.using(work.params, list(map(_tensors.in_layout_of, work.params, work.grads)), work.states)
 
 
 def _is_walkable(param: Tensor, state: Iterable[Tensor]) -> bool:
@@ -221,7 +226,7 @@ def _rounding_adamw(work: Work, positions: Sequence[int], offsets: Sequence[int]
         one = work.only([index])
         is_shard = bool(fused) and _ends_elsewhere(one, 0)
         if is_shard:
-            one = one.using(one.params, list(map(_tensors.in_layout_of, one.params, one.grads)), one.states)
+            one = _in_layout(one)
         for block, piece in _blocks(one, cut=not is_shard):
             (step,), *states = block.states
             stored = [*block.params, *(tensor for (tensor,) in states)]
