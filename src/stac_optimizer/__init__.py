@@ -2,10 +2,12 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from stac_optimizer.partition import STACLayer, STACPartition, partition_trainable_layers
-from stac_optimizer.selectors import embeddings, last_layers, named, norms, of_type, where
+from stac_optimizer import optim
+from stac_optimizer.distributed.vote import MajorityVote
+from stac_optimizer.model.layers import STACLayer
+from stac_optimizer.model.partition import STACPartition, partition_trainable_layers
+from stac_optimizer.model.selectors import embeddings, last_layers, named, norms, of_type, where
 from stac_optimizer.stac import STAC
-from stac_optimizer.vote import MajorityVote
 
 __all__ = [
     "STAC",
@@ -18,6 +20,7 @@ __all__ = [
     "named",
     "norms",
     "of_type",
+    "optim",
     "partition_trainable_layers",
     "where",
 ]

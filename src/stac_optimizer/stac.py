@@ -1,37 +1,49 @@
-"""STAC: arguments to partition to groups, and the step: check, gather, dispatch. No arithmetic."""
+"""STAC: arguments to partition to groups. No arithmetic; the step is :class:`stac_optimizer.optimizer.RuleOptimizer`'s."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, overload
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from stac_optimizer import checkpoint
-from stac_optimizer._agreement import check_agreement, scopes_of
-from stac_optimizer._gradients import check_capture, check_scaler, check_step
-from stac_optimizer._group_building import build_groups
-from stac_optimizer._groups import check_fitness, check_vote, checked, named_parameters, partition_of
-from stac_optimizer._release import GradientRelease
-from stac_optimizer._validation import mapping, warn
-from stac_optimizer.partition import STACPartition
-from stac_optimizer.rules import RULES, Group, StepInputs, hyperparameters
-from stac_optimizer.selectors import Selector
-from stac_optimizer.vote import MajorityVote, Voters
+from stac_optimizer.distributed.vote import MajorityVote
+from stac_optimizer.groups.given import settle_names
+from stac_optimizer.groups.keys import checked, defaults_of, hyperparameters_of, refuse_near_miss
+from stac_optimizer.groups.translation import from_adamw
+from stac_optimizer.model.partition import STACPartition
+from stac_optimizer.model.selectors import Selector
+from stac_optimizer.optim import AdamW, Signum
+from stac_optimizer.optimizer import RuleOptimizer
+from stac_optimizer.roles.arguments import (
+    checked_own,
+    checked_shared,
+    refuse_unread,
+    rule_arguments,
+    warn_of_empty_role,
+)
+from stac_optimizer.roles.guests import Guest
+from stac_optimizer.roles.overrides import Overrides
+from stac_optimizer.roles.plan import ROLES, GroupPlan, planned_as_given
+from stac_optimizer.roles.split import as_given, plans_of, warn_of_embeddings
+from stac_optimizer.roles.table import partition_of
+from stac_optimizer.roles.updater import OptimizerFunction, Updater
+from stac_optimizer.rule import Group
+from stac_optimizer.stepping.watch import IdleRoles, OneLr
+from stac_optimizer.validation import mapping, warn
 
 __all__ = ["STAC"]
 
-# An optimizer whose parameters never had a gradient raises at this step.
-IDLE_STEPS = 3
 
-
-class STAC(Optimizer):
+class STAC(RuleOptimizer):
     r"""Sign trunk, AdamW cap: one optimizer for a whole model.
 
     The last layers (the *cap*) get AdamW or AMSGrad, to the bit as ``torch.optim.AdamW``; all earlier layers (the
-    *trunk*) get the sign of a gradient average, which needs one state tensor instead of two.
+    *trunk*) get the sign of a gradient average, which needs one state tensor instead of two. Either role takes any
+    other optimizer.
 
     Trunk, for gradient :math:`g` (negated under ``maximize``) and momentum :math:`\mu`, in this order:
 
@@ -44,23 +56,36 @@ class STAC(Optimizer):
     computed in float32 and rounded once; the sign is that of m before it is rounded to be stored.
 
     Args:
-        params: what to optimize, one of
+        model: what to optimize, one of
 
             - a module;
             - (name, parameter) pairs as ``model.named_parameters()`` gives, split exactly as the module would be;
             - group dicts, each with ``params`` (parameters, or pairs), an explicit ``stac_role`` of ``"trunk"`` or
-              ``"cap"``, and any hyper-parameters of its own (``lr``, ``weight_decay``, ``trunk_momentum``, ...).
+              ``"cap"``, and any hyper-parameters of its own (``lr``, ``weight_decay``, ``momentum``, ...).
         lr: shared base learning rate in [0, inf); float or one-element tensor. Groups do not share a tensor: what is
             written into this one reaches one group alone, so write into ``group["lr"]`` of each.
         last_n_layers: how many final trainable layers form the cap, 0 or more; 0: all trunk; more than there are: all
             cap.
-        cap: a selector of the cap's layers, which replaces ``last_n_layers``; see :mod:`stac_optimizer.selectors`.
-        trunk_lr: the trunk's learning rate. None: ``0.75 * lr`` when both roles have layers, else ``lr``.
+        cap: a selector of the cap's parameters, which replaces ``last_n_layers``; see
+            :mod:`stac_optimizer.model.selectors`.
+        trunk_lr: the trunk's learning rate. None: ``0.75 * lr`` when both roles have layers, else ``lr``; with another
+            rule in the trunk the ``lr_ratio`` of that in place of 0.75.
         cap_lr: the cap's learning rate. None: ``lr``.
-        trunk_momentum: factor of the gradient average in [0, 1); 0: plain signSGD without trunk state.
+        trunk_optimizer: a function of parameter groups that returns an optimizer of them: a class, of
+            :mod:`stac_optimizer.optim` or any other, a ``functools.partial`` of one, a lambda. None: the sign trunk.
+            What is written in it stands; what is not (a class, or a partial without ``lr``) comes from the arguments
+            here: ``lr`` and ``weight_decay``, of this package's classes also the flags. A lambda has written all.
+        cap_optimizer: likewise for the cap. None: AdamW.
+        overrides: pairs of a selector and hyper-parameters for what it selects, later ones win:
+            ``[(vectors(), {"weight_decay": 0.0}), (named("encoder.*"), {"lr_ratio": 0.3})]``. ``lr_ratio`` multiplies
+            the role's lr, once, here. Each combination becomes a group of its role.
+        include_frozen: keep parameters that do not require gradients, so that they can be unfrozen later.
+        trunk_momentum: factor of the gradient average in [0, 1); 0: plain signSGD without trunk state. This and the
+            other arguments of the sign trunk are refused beside a ``trunk_optimizer``, which takes them itself.
         trunk_cautious: move a trunk weight only where sign(m) agrees with the sign of the present gradient, and divide
             the step by the share of such weights in the tensor, floored at 1e-3.
-        weight_decay: decoupled weight decay in [0, inf), multiplied by the role's learning rate.
+        weight_decay: decoupled weight decay in [0, inf), multiplied by the role's learning rate. An optimizer given
+            for a role takes it as its class does.
         trunk_weight_decay: the trunk's; None: ``weight_decay``.
         cap_weight_decay: the cap's; None: ``weight_decay``.
         betas: the cap's factors of the averages of gradient and squared gradient, each in [0, 1).
@@ -96,8 +121,8 @@ class STAC(Optimizer):
     =========  ==================  =======  ===========  ===========================================
     both       ``step``            ``()``   float32      always; on the CPU unless capturable, fused
     trunk      ``exp_avg``         weight   see above    unless ``trunk_momentum`` is 0
-    trunk      ``exp_avg_scale``   rows x   float32      with averages, under ``torch.int8``;
-                                   blocks                no blocks where averages keep their dtype
+    trunk      ``exp_avg_scale``   rows x   float32      with averages in 8-bit codes
+                                   blocks
     cap        ``exp_avg``         weight   weight       always
     cap        ``exp_avg_sq``      weight   weight       always
     cap        ``max_exp_avg_sq``  weight   weight       with ``amsgrad``
@@ -105,18 +130,20 @@ class STAC(Optimizer):
 
     A parameter that never had a gradient has ``step`` alone.
 
-    Schedulers move ``lr`` of every group. Those that cycle momentum (OneCycleLR, CyclicLR) move the first of ``betas``,
-    which the cap reads; ``trunk_momentum`` stays.
+    Groups hold the arguments under their rule's names: ``lr``, ``weight_decay``, ``momentum``, ``cautious``,
+    ``state_dtype``, ``betas``, ``eps``, ... ``group["lr"]`` is the group's learning rate, and nothing multiplies it
+    later. Schedulers move it in every group. What writes **one** lr into all (``OneCycleLR(optimizer, max_lr=1e-3)``)
+    erases the ratio of the roles, which draws one warning: give one value a group. Those that cycle momentum
+    (OneCycleLR, CyclicLR) move the first of ``betas``, which the cap reads; the trunk's ``momentum`` stays.
 
     Raises:
         TypeError: an argument of the wrong type, or parameters without names.
-        ValueError: an argument out of range, nothing to train, a selector that matches nothing, a group without role or
-            with an unknown key, stochastic rounding of weights that are not bfloat16. On every rank, naming what
+        ValueError: an argument out of range or given twice, nothing to train, a selector that matches nothing, a group
+            without role or with a misspelt key, a key that the role's rule does not have, stochastic rounding of weights that are not bfloat16. On every rank, naming what
             differs: ranks that share a DDP model or DTensors, or vote, and build different optimizers; all of them
             must build.
         RuntimeError: from :meth:`step`, before anything has changed: a sparse gradient, a non-finite one under
-            ``error_if_nonfinite``, one that the cap's AdamW cannot apply; the third step of an optimizer none of whose
-            parameters ever had a gradient. From :meth:`add_param_group`, always.
+            ``error_if_nonfinite``, one that the cap's AdamW cannot apply.
 
     Example:
         >>> import torch
@@ -138,21 +165,23 @@ class STAC(Optimizer):
         https://arxiv.org/abs/2110.02861; Revisiting BFloat16 Training, https://arxiv.org/abs/2010.06192.
     """
 
-    _accepts_groups = False
-    _release: GradientRelease | None = None
-    _voters: Voters | None = None
-    _had_gradient = False
-    _idle_steps = 0
+    _guests: Mapping[str, Guest] = {}
+    _one_lr: OneLr | None = None
+    _idle_roles: IdleRoles | None = None
 
     def __init__(
         self,
-        params: nn.Module | Iterable[tuple[str, Tensor]] | Iterable[Mapping[str, Any]],
+        model: nn.Module | Iterable[tuple[str, Tensor]] | Iterable[Mapping[str, Any]],
         lr: float | Tensor = 1e-3,
         *,
         last_n_layers: int = 1,
         cap: Selector | None = None,
         trunk_lr: float | Tensor | None = None,
         cap_lr: float | Tensor | None = None,
+        trunk_optimizer: OptimizerFunction | None = None,
+        cap_optimizer: OptimizerFunction | None = None,
+        overrides: Overrides = (),
+        include_frozen: bool = False,
         trunk_momentum: float = 0.9,
         trunk_cautious: bool = False,
         weight_decay: float = 0.0,
@@ -172,99 +201,106 @@ class STAC(Optimizer):
         rounding_seed: int = 0,
         vote: MajorityVote | None = None,
     ) -> None:
-        if vote is not None and not isinstance(vote, MajorityVote):
-            raise TypeError(f"vote must be a MajorityVote or None, got {type(vote).__name__}")
-        shared = {
-            "lr": lr,
+        shared = checked_shared(
+            {
+                "lr": lr,
+                "weight_decay": weight_decay,
+                "betas": betas,
+                "maximize": maximize,
+                "error_if_nonfinite": error_if_nonfinite,
+                "foreach": foreach,
+                "fused": fused,
+                "capturable": capturable,
+                "differentiable": differentiable,
+                "stochastic_rounding": stochastic_rounding,
+                "rounding_seed": rounding_seed,
+            }
+        )
+        of_trunk = {
             "trunk_momentum": trunk_momentum,
             "trunk_cautious": trunk_cautious,
-            "weight_decay": weight_decay,
-            "betas": betas,
-            "eps": eps,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "error_if_nonfinite": error_if_nonfinite,
-            "foreach": foreach,
-            "fused": fused,
-            "capturable": capturable,
-            "differentiable": differentiable,
             "trunk_state_dtype": trunk_state_dtype,
-            "stochastic_rounding": stochastic_rounding,
-            "rounding_seed": rounding_seed,
-            "trunk_vote": None if vote is None else vote.encoding,
         }
-        defaults = checked({name: known.default for name, known in hyperparameters().items()} | shared)
-        own = {
-            "trunk": {"lr": trunk_lr, "weight_decay": trunk_weight_decay},
-            "cap": {"lr": cap_lr, "weight_decay": cap_weight_decay},
+        of_cap = {"betas": shared["betas"], "eps": eps, "amsgrad": amsgrad}
+        refuse_unread("trunk", trunk_optimizer, of_trunk, vote=vote)
+        refuse_unread("cap", cap_optimizer, of_cap)
+        updaters = {
+            "trunk": Updater(
+                role="trunk",
+                function=trunk_optimizer or partial(Signum, **rule_arguments(Signum, of_trunk), vote=vote),
+                offered=shared,
+                own=checked_own("trunk", {"lr": trunk_lr, "weight_decay": trunk_weight_decay}),
+            ),
+            "cap": Updater(
+                role="cap",
+                function=cap_optimizer or partial(AdamW, **rule_arguments(AdamW, of_cap)),
+                offered=shared,
+                own=checked_own("cap", {"lr": cap_lr, "weight_decay": cap_weight_decay}),
+            ),
         }
-        groups = build_groups(params, defaults, own, last_n_layers=last_n_layers, cap=cap)
-        self._accepts_groups = True
-        super().__init__(groups, defaults)
-        del self._accepts_groups
-        check_fitness(self.param_groups)
-        check_vote(self.param_groups, defaults["trunk_vote"])
-        voters = None if vote is None else Voters.of(vote, params)
-        check_agreement(self.param_groups, scopes_of(params, self.param_groups, voters and voters.group))
-        for group in self.param_groups:
-            names = [name for name, _, _ in named_parameters([group])]
-            advice = RULES[group["rule"]].advice(names, group["params"], group)
-            if advice is not None:
-                warn(f"{group['stac_role']}: {advice}")
-        if voters is not None:
-            voters.hook(p for group in self.param_groups if RULES[group["rule"]].votes for p in group["params"])
-            self._voters = voters
+        model = as_given(model)
+        plans, layers = plans_of(
+            model,
+            overrides,
+            last_n_layers=last_n_layers,
+            cap=cap,
+            include_frozen=include_frozen,
+            trunk_takes=updaters["trunk"].takes_parameter,
+        )
+        groups = self._groups_of(plans, updaters)
+        defaults = {**rule_arguments(Signum, of_trunk), **rule_arguments(AdamW, of_cap), **shared}
+        rules = {updater.rule.name: updater.rule for updater in updaters.values() if updater.rule is not None}
+        self._guests = {role: updater.guest for role, updater in updaters.items() if updater.guest is not None}
+        self._build(groups, defaults, rules)
+        for guest in self._guests.values():
+            self.state.update(guest.optimizer.state)  # Adagrad makes its own at once
+        self._tie()
+        self._join_ranks(model, updaters["trunk"].vote)
+        warn_of_embeddings(layers, groups, rules)
+        self._one_lr, self._idle_roles = OneLr(groups), IdleRoles()
+
+    def _groups_of(self, plans: Sequence[GroupPlan], updaters: Mapping[str, Updater]) -> list[dict[str, Any]]:
+        """Complete groups of both roles, and what groups that are added later begin with."""
+        by_role = {role: [plan for plan in plans if plan.role == role] for role in ROLES}
+        groups: dict[int, dict[str, Any]] = {}
+        self._new_values: dict[str, dict[str, Any]] = {}
+        for role, some in by_role.items():
+            updater = updaters[role]
+            has_other = any(others for other, others in by_role.items() if other != role)
+            if some:
+                made = updater.groups(some, has_other=has_other)
+                groups.update((id(plan), group) for plan, group in zip(some, made, strict=True))
+            else:
+                warn_of_empty_role(role, updater.own)
+            self._new_values[role] = updater.values_of_new_groups(has_other=has_other)
+        result = [groups[id(plan)] for plan in plans]
+        settle_names(result)
+        sides = {bool(group.get("maximize", False)) for group in result}
+        if len(sides) > 1:
+            raise ValueError(
+                "the roles disagree on maximize: one ascends and the other descends; give the same to STAC and to "
+                "trunk_optimizer and cap_optimizer"
+            )
+        return result
+
+    def _tie(self) -> None:
+        """Let guests share groups and state: at first, and whenever torch has put others in their place."""
+        for guest in self._guests.values():
+            guest.tie(self)
 
     @property
     def partition(self) -> STACPartition:
         """The layers of trunk and cap, with the bytes of their state; ``print`` shows them as a table."""
-        return partition_of(self.param_groups, self.state)
+        return partition_of(self.param_groups, self._rules, self._state_bytes)
 
     def state_bytes(self) -> int:
-        """Bytes of the state once every parameter has stepped, and meanwhile what those that have not will hold."""
-        held = named_parameters(self.param_groups)
-        return sum(RULES[group["rule"]].nbytes(param, self.state.get(param, {}), group) for _, param, group in held)
+        """Bytes of the state once every parameter has stepped, and meanwhile what those that have not will hold.
 
-    def release_gradients(self, model: nn.Module) -> GradientRelease:
-        """Update each parameter during backward, as soon as its gradient is there, and free the gradient.
-
-        Args:
-            model: the module that holds the optimizer's parameters.
-
-        Returns:
-            A context manager with ``remove()``. :class:`stac_optimizer._release.GradientRelease` says what changes
-            while it is active.
-
-        Raises:
-            TypeError: ``model`` is no module.
-            ValueError: a parameter of the optimizer is not in ``model``.
-            RuntimeError: what a release cannot serve, such as several ranks. Nothing was changed.
-
-        Example:
-            >>> import torch
-            >>> from torch import nn
-            >>> from stac_optimizer import STAC
-            >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
-            >>> optimizer = STAC(model, lr=1e-3)
-            >>> with optimizer.release_gradients(model):
-            ...     for _ in range(3):
-            ...         model(torch.ones(2, 4)).square().mean().backward()
-            ...         optimizer.step()
-            >>> [param.grad for param in model.parameters()]
-            [None, None, None, None]
+        Of a foreign optimizer a step without data tells, where it can do one; else what it holds by now counts.
         """
-        return GradientRelease(self, model)
-
-    # Found by torch.amp.GradScaler, which then leaves gradients scaled and sets grad_scale and found_inf for the step.
-    # While gradients are released, or ranks vote, a step that has these can say why it refuses them.
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        refuses = self._release is not None or self._voters is not None
-        return refuses or all(group["fused"] for group in self.param_groups)
-
-    def __getstate__(self) -> dict[str, Any]:
-        held: dict[str, Any] = super().__getstate__()
-        return held if self._voters is None else {**held, "_voters": self._voters}
+        native = [group for group in self.param_groups if not self._rules[group["rule"]].is_guest]
+        held = sum(self._state_bytes(param, group) for group in native for param in group["params"])
+        return held + sum(guest.state_bytes(self.state) for guest in self._guests.values())
 
     @torch.no_grad()
     def average_trunk_state(self) -> None:
@@ -284,182 +320,146 @@ class STAC(Optimizer):
         kinds = [sorted((key, str(value.dtype)) for key, value in state.items()) for state in states]
         self._voters.agree_on(str(kinds))
         for group in self.param_groups:
-            RULES[group["rule"]].average_state(group["params"], self.state, self._voters)
+            self._rules[group["rule"]].average_state(group["params"], self.state, self._voters)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused: the split comes from the model, so a new one is made from it.
+        """Add a group that names its ``stac_role``; what it does not say it gets from the role's arguments.
+
+        Args:
+            param_group: ``params`` (parameters, or pairs with names where the optimizer has names), ``stac_role`` of
+                "trunk" or "cap", and hyper-parameters of its own.
 
         Raises:
-            RuntimeError: always, once the optimizer stands.
+            RuntimeError: it names no role, or one that has no optimizer to go to.
+            TypeError: what is given, or a value in it, is of the wrong type.
+            ValueError: a parameter that stands in another group, a misspelt key, a value out of range. Nothing was
+                added.
         """
-        if not self._accepts_groups:
+        if self._is_building:
+            super().add_param_group(param_group)
+            return
+        if "stac_role" not in mapping("param_group", param_group):
             raise RuntimeError(
-                "STAC takes no further groups, for the split comes from the model; build a new optimizer from the "
-                "model, or give all groups, each with its stac_role, at construction"
+                "STAC does not support add_param_group of a group that names no stac_role: say 'stac_role': 'trunk' or "
+                "'cap' in it. To unfreeze parameters later, build STAC with include_frozen=True instead"
             )
-        super().add_param_group(param_group)
+        (plan,) = planned_as_given([param_group])
+        index = sum(group["stac_role"] == plan.role for group in self.param_groups)
+        if plan.role in self._guests:
+            self._extend_guest(self._guests[plan.role], plan, index)
+            return
+        values = self._new_values.get(plan.role)
+        if not values:
+            raise RuntimeError(f"the {plan.role} has no optimizer to add a group to; give it parameters at construction")
+        rule = self._rules[values["rule"]]
+        refuse_near_miss(plan.values, hyperparameters_of(rule), "param_group: ")
+        extra = {key: value for key, value in plan.values.items() if key not in values}
+        checked_values = checked({**values, **plan.values}, rule, "param_group: ")
+        self._extend([{"params": plan.params, **values, **extra, **checked_values, **plan.structure(index, rule.name)}])
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
+    def _extend_guest(self, guest: Guest, plan: GroupPlan, index: int) -> None:
+        group = {"params": plan.params, **plan.structure(index, guest.rule.name)}
+        settle_names([*map(dict, self.param_groups), group])
+        given = {"params": list(plan.params), **plan.values}
+        guest.add_param_group(given)
+        given.update(group)
+        for key in ("error_if_nonfinite", "betas"):
+            given.setdefault(key, self.defaults[key])
+        self.param_groups.append(given)
+        self._tie()
 
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # as the base
         """Update every parameter that has a gradient; none has while gradients are released, and an iteration ends.
 
         Args:
-            closure: computes the loss anew; called once, with gradients enabled.
+            closure: computes the loss anew; called once, with gradients enabled. A foreign optimizer that owns the
+                whole model gets the closure itself, and may call it as often as it needs, as line searches do.
 
         Returns:
             The closure's loss, or None.
 
         Raises:
-            RuntimeError: a gradient that cannot be applied. Parameters and state are as before.
+            RuntimeError: a gradient that cannot be applied. Parameters and state are as before, except for what a
+                foreign optimizer finds out in the middle of its own step.
         """
-        if self._release is not None:
-            self._release.end_iteration(closure)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        try:
-            self._update(self.param_groups)
-        except Exception:
-            # A GradScaler takes these away after a step that succeeds, and would multiply its scale by one left here.
-            for name in ("grad_scale", "found_inf"):
-                vars(self).pop(name, None)
-            raise
-        return loss
+        are_guests = all(self._rules[group["rule"]].is_guest for group in self.param_groups)
+        owner = next(iter(self._guests.values())) if are_guests and len(self._guests) == 1 else None
+        if owner is None or closure is None:
+            return super().step(closure)
+        result: float | None = owner.step(closure)
+        return result
 
-    def _update(self, groups: Sequence[Group], position: int | None = None) -> None:
-        """Check, gather, dispatch.
+    def _update(self, groups: Sequence[Group], position: int | None = None) -> bool:
+        has_stepped = super()._update(groups, position)
+        if has_stepped:
+            for guest in self._guests.values():
+                guest.step()
+        return has_stepped
+
+    def _watch(self, groups: Sequence[Group]) -> None:
+        super()._watch(groups)
+        if self._release is None:
+            for watch in (self._one_lr, self._idle_roles):
+                message = watch.warning(groups) if watch is not None else None
+                if message is not None:
+                    warn(message)
+
+    def load_adamw_state_dict(
+        self, state_dict: Mapping[str, Any], model: nn.Module | Iterable[tuple[str, Tensor]]
+    ) -> None:
+        """Go on from a run of AdamW: the trunk takes its gradient averages, the cap all of its state.
+
+        Learning rates and other hyper-parameters stay those of this optimizer.
 
         Args:
-            groups: all of the optimizer's groups, or in backward one group cut to one parameter.
-            position: in backward that parameter's place among all.
-        """
-        check_capture(groups)
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        is_scaled = found_inf is not None
-        check_scaler(is_scaled=is_scaled, votes=self._voters is not None)
-        if found_inf is not None:
-            if all(RULES[group["rule"]].skips_by_itself(group, self.state) for group in groups):
-                found_inf = (found_inf != 0).to(torch.float32)  # as a sum over devices it may be more than 1
-            elif found_inf.item():
-                return
-            else:
-                found_inf = None
-        only_makes_state = check_step(
-            groups,
-            self.param_groups,
-            voters=self._voters,
-            is_scaled=is_scaled,
-            is_first=position is None and not self.state,
-            rest_may_have_changed=self._release is not None,
-        )
-        if not (only_makes_state or torch.compiler.is_compiling()):
-            self._count_idle_steps(groups)
-        start = position or 0
-        gathered = []
-        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        for group in groups:
-            params: list[Tensor] = []
-            grads: list[Tensor] = []
-            states: list[list[Tensor]] = [[] for _ in RULES[group["rule"]].state_tensors(group)]
-            positions: list[int] = []
-            self._init_group(group, start, positions, params, grads, *states)
-            start += len(group["params"])
-            if params:
-                gathered.append(
-                    StepInputs(group, params, grads, states, grad_scale, positions, found_inf, self._voters)
-                )
-        for inputs in gathered:
-            if not only_makes_state:
-                with torch.set_grad_enabled(inputs.group["differentiable"]):
-                    RULES[inputs.group["rule"]].update(inputs)
-
-    def _count_idle_steps(self, groups: Sequence[Group]) -> None:
-        """Refuse to go on without any gradient ever: a step that does nothing would otherwise not show.
-
-        Not where parameters have no names: libraries that deal them out over ranks may give one rank unused ones alone.
+            state_dict: of a ``torch.optim.AdamW`` or ``Adam``.
+            model: whose ``named_parameters()`` are in the order in which AdamW got its parameters; or (name, parameter)
+                pairs in that order, as where AdamW had several groups and no names.
 
         Raises:
-            RuntimeError: at the third such step.
+            TypeError: an argument of the wrong type.
+            ValueError: another number of parameters, other names or shapes. The optimizer is as before.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from stac_optimizer import STAC
+            >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+            >>> adamw = torch.optim.AdamW(model.parameters(), lr=1e-3)
+            >>> model(torch.ones(2, 4)).sum().backward()
+            >>> adamw.step()
+            >>> optimizer = STAC(model, lr=3e-4)
+            >>> optimizer.load_adamw_state_dict(adamw.state_dict(), model)
+            >>> bool((optimizer.state[model[0].weight]["exp_avg"] == adamw.state[model[0].weight]["exp_avg"]).all())
+            True
         """
-        if self._had_gradient:
-            return
-        params = [param for group in groups for param in group["params"]]
-        self._had_gradient = any(param.grad is not None for param in params)
-        is_idle = not self._had_gradient and any(param.requires_grad for param in params)
-        if not is_idle or self._release is not None or any("param_names" not in group for group in groups):
-            return
-        self._idle_steps = min(self._idle_steps + 1, IDLE_STEPS)
-        if self._idle_steps == IDLE_STEPS:
-            raise RuntimeError(
-                f"none of the optimizer's parameters has had a gradient in {self._idle_steps} steps, so nothing was "
-                "ever updated. Either the model has other parameters by now, as after fully_shard, which replaces "
-                "them: build the optimizer after that. Or backward did not run, or gradients were set to None before "
-                "the step"
-            )
+        if self._guests:
+            raise ValueError("load_adamw_state_dict is for rules of this package, not for a foreign optimizer's role")
+        present = self.state_dict()
+        given = mapping("state_dict", state_dict)
+        self.load_state_dict(from_adamw(given, model, present, self.param_groups, self._rules))
 
-    def _init_group(
-        self,
-        group: Group,
-        start: int,
-        positions: list[int],
-        params: list[Tensor],
-        grads: list[Tensor],
-        *states: list[Tensor],
-    ) -> None:
-        """Gather what has a gradient, and create its state. torch.compile knows this name and runs it untraced."""
-        tensors = {tensor.key: tensor for tensor in RULES[group["rule"]].state_tensors(group)}
-        counter = next(iter(tensors))
-        held = list(zip(tensors, states, strict=True))
-        for position, param in enumerate(group["params"], start):
-            grad = param.grad
-            state = self.state[param]
-            # Without a gradient the counter alone: strict loading of distributed checkpoints wants state of every one.
-            for key in tensors if grad is not None else (counter,):
-                if key not in state:
-                    state[key] = tensors[key].create(param, group)
-            if grad is not None:
-                positions.append(position)
-                params.append(param)
-                grads.append(grad)
-                for key, values in held:
-                    values.append(state[key])
+    def state_dict(self) -> dict[str, Any]:
+        """State and groups, as torch has them; under ``guests`` what foreign optimizers keep elsewhere."""
+        result: dict[str, Any] = super().state_dict()
+        kept = {role: guest.state_dict() for role, guest in self._guests.items()}
+        own = {role: data for role, data in kept.items() if data is not None}
+        return {**result, "guests": own} if own else result
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned, or a checkpoint of stac-optimizer 0.1.2.
+    def _checked_load(self, state_dict: dict[str, Any]) -> Callable[[], None]:
+        own = state_dict.get("guests", {})
+        loads = [guest.prepare_load(own.get(role)) for role, guest in self._guests.items()]
 
-        All is checked first: roles, layer names, parameter names, shapes, hyper-parameters. State keeps the dtype that
-        it was saved in, and is copied.
+        def load() -> None:
+            for each in loads:
+                each()
 
-        Raises:
-            TypeError: a hyper-parameter of the wrong type.
-            ValueError: the checkpoint belongs to another model or split; the message names the first difference. The
-                optimizer is as before.
-        """
-        mapping("state_dict", state_dict)
-        state: dict[Tensor, dict[str, Any]] = {}
+        return load
 
-        def check(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
-            groups, loaded = checkpoint.prepare(incoming, self.param_groups)
-            state.update(loaded)
-            return {"state": {}, "param_groups": groups}
+    def __getstate__(self) -> dict[str, Any]:
+        held = {**super().__getstate__(), "_new_values": self._new_values}
+        return {**held, "_guests": self._guests} if self._guests else held
 
-        def fill(_: Optimizer) -> None:
-            self.state.update(state)
-
-        # As hooks, to stand after the user's own pre-hooks and before the post-hooks. torch itself gets no state, for
-        # it would cast that to the parameters' dtype.
-        handles = (
-            self.register_load_state_dict_pre_hook(check),
-            self.register_load_state_dict_post_hook(fill, prepend=True),
-        )
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._tie()

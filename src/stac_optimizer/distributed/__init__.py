@@ -1,0 +1,1 @@
+"""Several ranks: shards, whether ranks agree, and votes."""

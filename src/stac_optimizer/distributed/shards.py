@@ -1,0 +1,128 @@
+"""Parameters cut over ranks, DTensors: the local parts of whole ones, and sums over them. Knows no rule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from stac_optimizer.tensors.layouts import is_dense, real_views
+from stac_optimizer.tensors.torch_private import local_shape_and_offsets
+
+__all__ = [
+    "is_sharded",
+    "is_sharded_by_row",
+    "is_sharded_in_runs",
+    "local_views",
+    "real_parts",
+    "run_offset",
+    "sum_over_ranks",
+    "sum_over_shards",
+    "zeros_by_row",
+]
+
+
+def real_parts(tensors: list[Tensor], likes: list[Tensor] | None = None) -> list[Tensor]:
+    """What this rank holds of tensors, as :func:`local_views` gives it, in real numbers."""
+    return real_views(local_views(tensors, likes))
+
+
+PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
+
+
+def local_views(tensors: list[Tensor], likes: list[Tensor] | None = None) -> list[Tensor]:
+    """The local parts of DTensors, the other tensors as they are. Elementwise updates run on them where they lie.
+
+    Args:
+        tensors: plain tensors and DTensors.
+        likes: for each the tensor whose placement it must have, or None where it has it.
+    """
+    if not torch.compiler.is_compiling() and PLAIN_TYPES.issuperset(map(type, tensors)):
+        return tensors
+    return [_local(tensor, tensor if likes is None else likes[i]) for i, tensor in enumerate(tensors)]
+
+
+def _local(tensor: Any, like: Any) -> Tensor:
+    if is_sharded(tensor):
+        if tensor.placements != like.placements:
+            tensor = tensor.redistribute(like.device_mesh, like.placements)
+        tensor = tensor.to_local()
+    # What a collective has not filled yet: kernels that walk memory would not wait.
+    return cast(Tensor, tensor.wait() if hasattr(tensor, "wait") else tensor)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether the tensor is a DTensor."""
+    return hasattr(tensor, "to_local")
+
+
+def zeros_by_row(param: Tensor, rows: int, columns: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A matrix of zeros with a row for each row of a parameter, and sharded as that is.
+
+    One without columns is not: there is nothing to shard, and torch 2.6 cannot gather it.
+    """
+    if not is_sharded(param) or not columns:
+        return torch.zeros((rows, columns), dtype=dtype, device=param.device)
+    sharded: Any = param
+    local_rows = sharded.to_local().shape[:1].numel()  # 1 for a scalar
+    local = torch.zeros((local_rows, columns), dtype=dtype, device=param.device)
+    shape = torch.Size((rows, columns))
+    zeros: Tensor = type(sharded.data).from_local(
+        local, sharded.device_mesh, sharded.placements, run_check=False, shape=shape, stride=(columns, 1)
+    )
+    return zeros
+
+
+def is_sharded_by_row(param: Any) -> bool:
+    """Whether every rank holds whole rows, indices of the first dimension, of the parameter."""
+    return all(dim in (0, None) for dim in _cut_dims(param))
+
+
+def _cut_dims(param: Any) -> list[int | None]:
+    """For each dimension of a parameter's mesh the dimension of the parameter that it cuts, or None.
+
+    Strided shards, though they cut, say that they are no shards.
+    """
+    return [getattr(placement, "dim", None) for placement in param.placements] if is_sharded(param) else []
+
+
+def _is_cut(param: Any) -> bool:
+    """Whether ranks hold different parts of the parameter; replicas of a DTensor are whole."""
+    return any(dim is not None for dim in _cut_dims(param))
+
+
+def is_sharded_in_runs(param: Tensor) -> bool:
+    """Whether what each rank holds of the parameter is one run of the whole's memory."""
+    if not _is_cut(param):
+        return True
+    are_rows_outermost = not is_dense(param) or param.shape[0] < 2 or param.stride(0) == max(param.stride())
+    return is_sharded_by_row(param) and are_rows_outermost
+
+
+def run_offset(param: Any) -> int:
+    """The index, within the whole's memory, of the first element that this rank holds of a parameter.
+
+    Args:
+        param: sharded in runs, or not at all.
+    """
+    if not _is_cut(param) or not param.numel():
+        return 0
+    row = local_shape_and_offsets(param)[1][0]
+    return int(row) * (int(param.numel()) // int(param.shape[0]))
+
+
+def sum_over_shards(value: Tensor, param: Any) -> Tensor:
+    """What each shard of a parameter contributes to a sum, added up; ``value`` itself for a plain parameter."""
+    if not is_sharded(param):
+        return value
+    return sum_over_ranks(value, param, is_summed=[dim is not None for dim in _cut_dims(param)])
+
+
+def sum_over_ranks(value: Tensor, sharded: Any, *, is_summed: Sequence[bool]) -> Tensor:
+    """Add up a value over those dimensions of a DTensor's mesh; over the others all ranks have the same."""
+    from torch.distributed.tensor import Partial, Replicate  # noqa: PLC0415 - costs time that few need to spend
+
+    placements = [Partial() if summed else Replicate() for summed in is_summed]
+    return cast(Tensor, type(sharded).from_local(value, sharded.device_mesh, placements).full_tensor())

@@ -1,0 +1,173 @@
+"""What is checked before a checkpoint is loaded. Changes nothing itself; older forms: see ``translation.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stac_optimizer.distributed.shards import is_sharded
+from stac_optimizer.groups.foreign_state import moved_to
+from stac_optimizer.groups.keys import STRUCTURE_KEYS, check_parameters, checked
+from stac_optimizer.groups.translation import translated
+from stac_optimizer.model.names import named_parameters
+from stac_optimizer.rule import COUNTER, Group, Rule, StateTensor
+from stac_optimizer.validation import mapping, non_negative
+
+__all__ = ["prepare"]
+
+LR_ROUNDING = 1e-9
+
+
+def prepare(
+    state_dict: Mapping[str, Any], param_groups: Sequence[Group], rules: Mapping[str, Rule]
+) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Any]]]:
+    """Check a state dict against the present groups and bring it into their form.
+
+    Args:
+        state_dict: what ``state_dict()`` returned, now or in an older version.
+        param_groups: the groups of the optimizer that is to load it.
+        rules: its rules, by the name that groups hold.
+
+    Returns:
+        The groups to load, and the state of each parameter as fresh tensors on its device.
+
+    Raises:
+        TypeError: a hyper-parameter, or the state dict itself, of the wrong type.
+        ValueError: the first difference between the checkpoint and the groups, or a value out of range.
+    """
+    if not {"state", "param_groups"} <= set(mapping("state_dict", state_dict)):
+        raise ValueError("state_dict must hold 'state' and 'param_groups', as optimizer.state_dict() returns")
+    if not isinstance(state_dict["param_groups"], (list, tuple)):
+        raise TypeError(f"param_groups must be a list, got {type(state_dict['param_groups']).__name__}")
+    groups, states = translated(
+        [mapping(f"checkpoint group {index}", group) for index, group in enumerate(state_dict["param_groups"])],
+        mapping("state", state_dict["state"]),
+        param_groups,
+    )
+    _refuse_other_groups(groups, states, param_groups)
+    loaded = [
+        _checked_group(saved, present, rules[present["rule"]], f"checkpoint group {index}: ")
+        for index, (saved, present) in enumerate(zip(groups, param_groups, strict=True))
+    ]
+    present_params = [present["params"] for present in param_groups]
+    check_parameters(
+        [{**group, "params": params} for group, params in zip(loaded, present_params, strict=True)], rules
+    )
+    ids = [number for group in groups for number in group["params"]]
+    named = list(named_parameters(param_groups))
+    merged = [group for group in loaded for _ in group["params"]]
+    known = set(ids)
+    unknown = [number for number in states if number not in known]
+    if unknown:
+        raise ValueError(f"the checkpoint has state for {unknown[0]!r}, which is in none of its groups")
+    state = {
+        param: _checked_state(states[number], name, param, group, rules[group["rule"]])
+        for number, (name, param, _), group in zip(ids, named, merged, strict=True)
+        if number in states
+    }
+    return loaded, state
+
+
+def _refuse_other_groups(
+    groups: Sequence[Group], states: Mapping[Any, Mapping[str, Any]], param_groups: Sequence[Group]
+) -> None:
+    """Refuse another number of groups, and another optimizer's checkpoint, with the way out."""
+    is_foreign = "stac_role" in param_groups[0] and not any("stac_role" in group for group in groups)
+    if is_foreign and any("exp_avg_sq" in state for state in states.values()):
+        raise ValueError(
+            "the checkpoint's parameter groups have no stac_role: it is an AdamW's. Go on from it with "
+            "optimizer.load_adamw_state_dict(state_dict, model)"
+        )
+    saved, present = len(groups), len(param_groups)
+    if saved != present:
+        more = (
+            "Groups that overrides or add_param_group made must be the same at loading: build the optimizer with the "
+            "arguments it had then, load, and add groups afterwards"
+            if saved < present
+            else "Build the optimizer with the overrides it had then, and add the groups that add_param_group made"
+        )
+        raise ValueError(f"the checkpoint has {saved} parameter groups, this optimizer {present}. {more}")
+
+
+def _checked_group(saved: dict[str, Any], present: Group, rule: Rule, where: str) -> dict[str, Any]:
+    """The saved group, completed by the present one where it lacks a key."""
+    if not isinstance(saved.get("params"), list):
+        raise ValueError(f"{where}params must be a list, got {saved.get('params')!r}")
+    fallback = {"rule": present["rule"], "param_names": present.get("param_names")}  # 0.1.2 did not save these
+    for key in ("stac_role", "rule", "layer_names", "param_names"):
+        if key in present or key in saved:
+            _refuse_difference(where + key, saved.get(key, fallback.get(key)), present.get(key))
+    if len(saved["params"]) != len(present["params"]):
+        raise ValueError(f"{where}it has {len(saved['params'])} parameters, this optimizer's {len(present['params'])}")
+    structure = {key: present[key] for key in STRUCTURE_KEYS if key in present and key != "params"}
+    merged = {**present, **saved, **structure}
+    if "vote" in present:
+        merged["vote"] = present["vote"]  # the ranks' of now, not of then
+    # A schedule that ends at zero may end a rounding below it.
+    slightly_negative = isinstance(merged["lr"], float) and -LR_ROUNDING < merged["lr"] < 0
+    values = {} if rule.is_guest else checked({**merged, "lr": 0.0} if slightly_negative else merged, rule, where)
+    return {**merged, **values, "lr": merged["lr"]} if slightly_negative else {**merged, **values}
+
+
+def _refuse_difference(what: str, saved: Any, present: Any) -> None:
+    if not (isinstance(present, (tuple, list)) and isinstance(saved, (tuple, list))):
+        if saved != present:
+            raise ValueError(f"{what} is {saved!r} in the checkpoint, {present!r} in this optimizer")
+        return
+    for index, (theirs, ours) in enumerate(zip(saved, present, strict=False)):
+        if theirs != ours:
+            raise ValueError(f"{what}[{index}] is {theirs!r} in the checkpoint, {ours!r} in this optimizer")
+    if len(saved) != len(present):
+        longer, whose = (saved, "only in the checkpoint") if len(saved) > len(present) else (present, "not in it")
+        raise ValueError(f"{what}: {longer[min(len(saved), len(present))]!r} is {whose}")
+
+
+def _checked_state(saved: Mapping[str, Any], name: str, param: Tensor, group: Group, rule: Rule) -> dict[str, Any]:
+    """One parameter's state, copied to where it belongs. A key whose value is an empty dict counts as absent."""
+    if rule.is_guest:
+        return {key: moved_to(param, value, group, key) for key, value in saved.items()}
+    declared = {tensor.key: tensor for tensor in rule.state(param, group)}
+    given = {key: value for key, value in saved.items() if not (isinstance(value, Mapping) and not value)}
+    state: dict[str, Any] = {}
+    steps = None
+    for key, value in given.items():
+        what = f"the checkpoint's {key!r} of {name!r}"
+        if key not in rule.state_keys:
+            raise ValueError(f"{what} is no state of the rule {group['rule']!r}")
+        if key not in declared:
+            continue  # of a hyper-parameter that has been switched off
+        if key == COUNTER.key:
+            steps = non_negative(what, value.item() if isinstance(value, Tensor) and value.numel() == 1 else value)
+            state[key] = torch.tensor(steps, dtype=torch.float32, device=COUNTER.device_of(param, group))
+        else:
+            state[key] = _copied(what, value, param, declared[key], group)
+    if steps == 0:
+        # Never stepped. Averages beside it are zeros, or left from another run by a partial load into its state dict.
+        return {"step": state["step"]}
+    missing = [key for key in declared if key not in given and not rule.can_lack(key, state)]
+    if missing and given:
+        raise ValueError(f"the checkpoint's state of {name!r} lacks {missing[0]!r}")
+    return state
+
+
+def _copied(what: str, value: Any, param: Tensor, declared: StateTensor, group: Group) -> Tensor:
+    """A state tensor in the layout and on the device of its parameter, in its own dtype."""
+    shape = declared.shape_of(param)
+    if not isinstance(value, Tensor) or value.shape != shape:
+        given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{what} has shape {given}, that of the parameter {tuple(shape)}")
+    expected = declared.dtype_of(param)
+    is_alike = (value.is_floating_point(), value.is_complex()) == (param.is_floating_point(), param.is_complex())
+    if value.dtype != expected and not is_alike:
+        raise ValueError(f"{what} is {value.dtype}, that of the parameter {expected}")
+    created = declared.create(param, group)
+    if is_sharded(value) != is_sharded(created):
+        given, needed = ("sharded", "whole") if is_sharded(value) else ("whole", "sharded")
+        raise ValueError(
+            f"{what} is {given}, that of the parameter {needed}; torch.distributed.checkpoint.state_dict makes state "
+            "dicts whole with StateDictOptions(full_state_dict=True), and loads them into shards with it"
+        )
+    return torch.empty_like(created, dtype=value.dtype).copy_(value.detach())

@@ -1,0 +1,9 @@
+"""Drop-in optimizers, one class and one rule for each algorithm; each is also a role of STAC."""
+
+from __future__ import annotations
+
+from stac_optimizer.optim.adamw import AdamW
+from stac_optimizer.optim.lion import Lion
+from stac_optimizer.optim.signum import Signum
+
+__all__ = ["AdamW", "Lion", "Signum"]

@@ -1,0 +1,232 @@
+"""The arithmetic of the trunk's update on one piece of a weight. See ``rule.py`` for the rule.
+
+Note [Same operations on every path]. A difference in the last bit of m can flip a sign and so move a weight by 2 lr. So
+the paths run the same operations in the same order, and each operation is a single correctly rounded one:
+m + (1 - mu)(g - m) is written out, not lerp_, because a fused multiply-add rounds once where two operations round
+twice, and kernels differ in using it. Low precision: see Note [Low-precision arithmetic]; the sign is that of m before
+it is rounded to be stored, which in float16 may leave nothing of a small average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from stac_optimizer.rule import Group
+from stac_optimizer.rule.common import LEAST_MASK_MEAN
+from stac_optimizer.tensors import codes, rounding
+from stac_optimizer.tensors.pieces import Lists, Tensors
+from stac_optimizer.tensors.precision import downcast, upcast
+from stac_optimizer.tensors.scratch import Scratch
+
+__all__ = [
+    "LEAST_MASK_MEAN",
+    "Coefficients",
+    "SignUpdate",
+    "accumulate",
+    "move",
+    "next_mask",
+    "update",
+    "wider",
+]
+
+class Coefficients(NamedTuple):
+    """What an update multiplies by: floats, or tensors of no dimension.
+
+    Args:
+        lr: the learning rate.
+        decay_factor: 1 - lr * weight_decay; None without decay.
+        change_factor: 1 - momentum.
+        grad_scale: what gradients are divided by, or None.
+    """
+
+    lr: float | Tensor
+    decay_factor: float | Tensor | None
+    change_factor: float | Tensor
+    grad_scale: Tensor | None
+
+
+class SignUpdate(NamedTuple):
+    """The update of some parameters of one group.
+
+    Args:
+        params: the parameters as the optimizer holds them, DTensors and complex ones whole.
+        lists: their local, real parts, and those of their gradients and averages.
+        group: their group.
+        grad_scale: what a GradScaler left the gradients multiplied by.
+        noise_seeds: for stochastic rounding, a number for each parameter.
+        found_inf: not 0 where a GradScaler found NaN or infinity; given to kernels that can skip the step themselves.
+    """
+
+    params: list[Tensor]
+    lists: Lists
+    group: Group
+    grad_scale: Tensor | None
+    noise_seeds: Tensor | None
+    found_inf: Tensor | None
+
+    def only(self, chosen: Sequence[int]) -> SignUpdate:
+        """The same for the parameters at these positions."""
+        if len(chosen) == len(self.params):
+            return self
+        seeds = None if self.noise_seeds is None else torch.stack([self.noise_seeds[index] for index in chosen])
+        return self.using([self.params[index] for index in chosen], self.lists.only(chosen), seeds)
+
+    def using(self, params: list[Tensor], lists: Lists, noise_seeds: Tensor | None) -> SignUpdate:
+        """The same on other tensors; torch.compile of torch 2.6 knows no ``_replace``."""
+        return SignUpdate(params, lists, self.group, self.grad_scale, noise_seeds, self.found_inf)
+
+    def coefficients(self, device: torch.device) -> Coefficients:
+        """What the group says to multiply by. A tensor lr stays one: a captured step then sees its changes."""
+        lr = self.group["lr"]
+        if isinstance(lr, Tensor):
+            # What lies on the host is read there: to bring it to the device would wait for that.
+            is_readable = lr.is_cpu and device.type != "cpu" and not (lr.requires_grad or torch.compiler.is_compiling())
+            lr = lr.item() if is_readable else lr.reshape(()).to(device)
+        decay_factor = 1 - lr * self.group["weight_decay"] if self.group["weight_decay"] else None
+        scale = None if self.grad_scale is None else self.grad_scale.to(device)
+        return Coefficients(lr, decay_factor, 1 - self.group["momentum"], scale)
+
+
+def _prepared(grad: Tensor, coefficients: Coefficients, *, maximize: bool) -> Tensor:
+    """The gradient to descend along, in arithmetic precision: what a scale saved would underflow in less."""
+    grad = upcast(grad)
+    if coefficients.grad_scale is not None:
+        grad = grad / coefficients.grad_scale
+    return -grad if maximize else grad
+
+
+def _average(
+    grad: Tensor, tensors: Tensors, coefficients: Coefficients, scratch: Scratch | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The average in arithmetic precision and the change due to it; without momentum the gradient and None."""
+    if not tensors.state:
+        return grad, None
+    (held,) = tensors.state
+    if tensors.scale is not None:
+        average = codes.decode(held, tensors.scale)
+        grad = grad.to(average.dtype)
+    else:
+        average = held.to(wider(held, grad))
+    change = torch.sub(grad, average, out=None if scratch is None else scratch.like(average))
+    return average, change.mul_(coefficients.change_factor)
+
+
+def wider(average: Tensor, grad: Tensor) -> torch.dtype:
+    """What an average is computed in: as the gradient, or as a checkpoint brought it."""
+    return torch.promote_types(average.dtype, grad.dtype)
+
+
+def _sign(tensor: Tensor, scratch: Scratch | None, place: int = 0) -> Tensor:
+    # A constant for derivatives: what is not recorded may be changed in place.
+    return torch.sign(tensor.detach(), out=None if scratch is None else scratch.like(tensor, place))
+
+
+def _mask(signs: Tensor, grad: Tensor, scratch: Scratch | None) -> Tensor:
+    """[m * g > 0] as 1 and 0, from the signs of m, for the product may underflow.
+
+    In coefficients, not booleans, whose products and comparisons are several times slower on the CPU.
+    """
+    return _sign(grad, scratch, 1).mul_(signs).clamp_min_(0)
+
+
+def next_mask(
+    tensors: Tensors, coefficients: Coefficients, *, maximize: bool, scratch: Scratch | None = None
+) -> Tensor:
+    """The mask that :func:`update` will find. Writes nothing."""
+    grad = _prepared(tensors.grad, coefficients, maximize=maximize)
+    average, change = _average(grad, tensors, coefficients, scratch)
+    return _mask(_sign(average if change is None else change.add_(average), scratch), grad, scratch)
+
+
+def update(
+    tensors: Tensors,
+    coefficients: Coefficients,
+    *,
+    maximize: bool,
+    mean: Tensor | None,
+    noise: Tensor | None,
+    scratch: Scratch | None = None,
+) -> None:
+    """Update one piece.
+
+    Args:
+        tensors: weight and gradient; with momentum the average.
+        coefficients: what to multiply by.
+        maximize: whether to ascend.
+        mean: of the mask; None for a step without one.
+        noise: 16 random bits for each weight, to round by; None to round to nearest.
+        scratch: for temporaries; None to allocate.
+    """
+    param = tensors.param
+    grad, average = accumulate(tensors, coefficients, maximize=maximize, scratch=scratch)
+    if mean is None and torch.compiler.is_compiling() and isinstance(coefficients.lr, Tensor):
+        # In one loop comparisons are cheap. The same bits as below: the product of lr with 1, 0 and -1 is exact.
+        signed = torch.where(average > 0, coefficients.lr, torch.where(average < 0, -coefficients.lr, 0.0))
+        move(param, signed.add_(average, alpha=0), 1.0, coefficients.decay_factor, is_unit=True, noise=noise)
+        return
+    direction = _sign(average, scratch)
+    factor = None if mean is None else _mask(direction, grad, scratch).div_(mean)
+    direction.add_(average, alpha=0)  # Note [Non-finite averages]
+    if factor is not None:
+        direction.mul_(factor)
+    move(param, direction, coefficients.lr, coefficients.decay_factor, is_unit=mean is None, noise=noise)
+
+
+def accumulate(
+    tensors: Tensors, coefficients: Coefficients, *, maximize: bool, scratch: Scratch | None
+) -> tuple[Tensor, Tensor]:
+    """Take a gradient into the average.
+
+    Returns:
+        The gradient to descend along, and the average before it is rounded to be stored.
+    """
+    grad = _prepared(tensors.grad, coefficients, maximize=maximize)
+    average, change = _average(grad, tensors, coefficients, scratch)
+    if change is not None:
+        average.add_(change)
+        _store(average, tensors)
+    return grad, average
+
+
+def move(
+    param: Tensor,
+    direction: Tensor,
+    lr: float | Tensor,
+    decay_factor: float | Tensor | None,
+    *,
+    is_unit: bool,
+    noise: Tensor | None,
+) -> None:
+    """Decay weights and move them against a direction, which is used up.
+
+    Args:
+        param: the weights.
+        direction: in arithmetic precision.
+        lr: what it is multiplied by.
+        decay_factor: what weights are multiplied by first, or None.
+        is_unit: whether the product of lr and direction is exact, as with 1, 0 and -1.
+        noise: 16 random bits for each weight, to round by; None to round to nearest.
+    """
+    weight = upcast(param)
+    if decay_factor is not None:
+        weight.mul_(decay_factor)
+    if is_unit and not isinstance(lr, Tensor):
+        weight.sub_(direction, alpha=lr)  # a pass less, and the same bits
+    else:
+        weight.sub_(direction.mul_(lr))
+    if noise is None:
+        downcast(weight, param)
+    else:
+        rounding.round_into(weight, param, noise)
+
+
+def _store(average: Tensor, tensors: Tensors) -> None:
+    (held,) = tensors.state
+    if tensors.scale is not None:
+        codes.encode_(average, held, tensors.scale)
+    else:
+        downcast(average, held)

@@ -1,0 +1,384 @@
+"""RuleOptimizer: the one place that checks, gathers and dispatches; the base of STAC and of every class in optim/."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from stac_optimizer.distributed.agreement import check_agreement, scopes_of
+from stac_optimizer.distributed.vote import MajorityVote, Voters
+from stac_optimizer.groups import loading
+from stac_optimizer.groups.given import given_groups, settle_names
+from stac_optimizer.groups.keys import check_parameters, defaults_of
+from stac_optimizer.model.names import named_parameters
+from stac_optimizer.rule import COUNTER, Group, Rule, StateTensor, StepInputs
+from stac_optimizer.stepping.checks import check_capture, check_scaler, check_step, only_makes_state
+from stac_optimizer.stepping.release import GradientRelease
+from stac_optimizer.stepping.voting import check_on_all_ranks, share_gradients_
+from stac_optimizer.validation import mapping, warn
+
+__all__ = ["RuleOptimizer"]
+
+# By the third step without any gradient ever something is wrong.
+IDLE_STEPS = 3
+
+
+class RuleOptimizer(Optimizer):
+    """A ``torch.optim.Optimizer`` whose groups are updated by rules.
+
+    A class of :mod:`stac_optimizer.optim` sets ``rule`` and hands its arguments on.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or group dicts with hyper-parameters of their own.
+        values: the hyper-parameters of the rule, and the flags that all rules share, by name.
+        vote: the ranks that vote on the rule's steps, or None.
+
+    Raises:
+        TypeError: an argument of the wrong type, or one that the rule does not have.
+        ValueError: a value out of range, a misspelt group key, a parameter that the rule cannot update; on every rank,
+            ranks that share DTensors, or vote, and have built different optimizers.
+    """
+
+    rule: ClassVar[Rule]
+    given_vote: MajorityVote | None = None
+    _rules: Mapping[str, Rule]
+    _release: GradientRelease | None = None
+    _voters: Voters | None = None
+    _is_building = False
+    _had_gradient = False
+    _idle_steps = 0
+
+    def __init__(self, params: Any, values: Mapping[str, Any], *, vote: MajorityVote | None = None) -> None:
+        defaults = defaults_of(self.rule, values)
+        self.given_vote = vote
+        params = list(params) if hasattr(params, "__next__") else params
+        self._build(given_groups(params, self.rule, defaults), defaults, {self.rule.name: self.rule})
+        self._join_ranks(params, vote)
+        for group in self.param_groups:
+            names = [name for name, _, _ in named_parameters([group])]
+            warning = self.rule.warning(names, group["params"], group)
+            if warning is not None:
+                warn(f"{group.get('stac_role', self.rule.name)}: {warning}")
+
+    def _build(self, groups: list[dict[str, Any]], defaults: dict[str, Any], rules: Mapping[str, Rule]) -> None:
+        """Become an optimizer of groups that are complete and checked."""
+        self._rules = rules
+        self._declared: dict[Tensor, tuple[object, tuple[StateTensor, ...]]] = {}
+        self._is_building = True
+        super().__init__(groups, defaults)
+        self._is_building = False
+        check_parameters(self.param_groups, rules)
+
+    def _join_ranks(self, model: Any, vote: MajorityVote | None) -> None:
+        """Find out whether other ranks have built the same optimizer, and vote with them where asked."""
+        if vote is not None and not isinstance(vote, MajorityVote):
+            raise TypeError(f"vote must be a MajorityVote or None, got {type(vote).__name__}")
+        voters = None if vote is None else Voters.of(vote, model)
+        check_agreement(self.param_groups, scopes_of(model, self.param_groups, voters and voters.group))
+        if voters is not None:
+            voters.hook(p for group in self.param_groups if self._rules[group["rule"]].votes for p in group["params"])
+            self._voters = voters
+
+    def state_bytes(self) -> int:
+        """Bytes of the state once every parameter has stepped, and meanwhile what those that have not will hold."""
+        return sum(self._state_bytes(param, group) for _, param, group in named_parameters(self.param_groups))
+
+    def _state_bytes(self, param: Tensor, group: Group) -> int:
+        return self._rules[group["rule"]].nbytes(param, self.state.get(param, {}), group)
+
+    def release_gradients(self, model: nn.Module) -> GradientRelease:
+        """Update each parameter during backward, as soon as its gradient is there, and free the gradient.
+
+        Args:
+            model: the module that holds the optimizer's parameters.
+
+        Returns:
+            A context manager with ``remove()``. :class:`stac_optimizer.stepping.release.GradientRelease` says what
+            changes while it is active.
+
+        Raises:
+            TypeError: ``model`` is no module.
+            ValueError: a parameter of the optimizer is not in ``model``.
+            RuntimeError: what a release cannot serve, such as several ranks. Nothing was changed.
+
+        Example:
+            >>> import torch
+            >>> from torch import nn
+            >>> from stac_optimizer import STAC
+            >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+            >>> optimizer = STAC(model, lr=1e-3)
+            >>> with optimizer.release_gradients(model):
+            ...     for _ in range(3):
+            ...         model(torch.ones(2, 4)).square().mean().backward()
+            ...         optimizer.step()
+            >>> [param.grad for param in model.parameters()]
+            [None, None, None, None]
+        """
+        return GradientRelease(self, self._rules, model)
+
+    # Found by torch.amp.GradScaler, which then leaves gradients scaled and sets grad_scale and found_inf for the step.
+    # While gradients are released, or ranks vote, a step that has these can say why it refuses them.
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        refuses = self._release is not None or self._voters is not None
+        return refuses or all(
+            group.get("fused") and not self._rules[group["rule"]].is_guest for group in self.param_groups
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        held: dict[str, Any] = {**super().__getstate__(), "_rules": self._rules}
+        return held if self._voters is None else {**held, "_voters": self._voters}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._declared = {}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; what it does not say it gets from the arguments at construction.
+
+        Raises:
+            TypeError: what is given, or a value in it, is of the wrong type.
+            ValueError: a parameter that stands in another group, a misspelt key, a value out of range. Nothing was
+                added.
+        """
+        if self._is_building:
+            self.param_groups.append(param_group)
+            return
+        (group,) = given_groups([mapping("param_group", param_group)], self.rule, self.defaults)
+        self._extend([group])
+
+    def _extend(self, groups: list[dict[str, Any]]) -> None:
+        """Add complete groups, or none of them."""
+        settle_names([*map(dict, self.param_groups), *groups])
+        check_parameters(groups, self._rules)
+        self.param_groups.extend(groups)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient; none has while gradients are released, and an iteration ends.
+
+        Args:
+            closure: computes the loss anew; called once, with gradients enabled.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            RuntimeError: a gradient that cannot be applied. Parameters and state are as before.
+        """
+        if self._release is not None:
+            self._release.end_iteration(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        try:
+            self._update(self.param_groups)
+        except Exception:
+            # A GradScaler takes these away after a step that succeeds, and would multiply its scale by one left here.
+            for name in ("grad_scale", "found_inf"):
+                vars(self).pop(name, None)
+            raise
+        return loss
+
+    def _update(self, groups: Sequence[Group], position: int | None = None) -> bool:
+        """Check, gather, dispatch.
+
+        Args:
+            groups: all of the optimizer's groups, or in backward one group cut to one parameter.
+            position: in backward that parameter's place among all.
+
+        Returns:
+            Whether it came to a step: a GradScaler's infinity skips it.
+        """
+        check_capture(groups)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        is_scaled = found_inf is not None
+        check_scaler(is_scaled=is_scaled, votes=self._voters is not None)
+        if found_inf is not None:
+            if all(self._rules[group["rule"]].skips_by_itself(group, self.state) for group in groups):
+                found_inf = (found_inf != 0).to(torch.float32)  # as a sum over devices it may be more than 1
+            elif found_inf.item():
+                return False
+            else:
+                found_inf = None
+        makes_state = self._check(groups, is_first=position is None and not self.state, is_scaled=is_scaled)
+        if position is None and not (makes_state or torch.compiler.is_compiling()):
+            self._watch(groups)
+        for inputs in self._gather(groups, position or 0, found_inf):
+            if not makes_state:
+                with torch.set_grad_enabled(inputs.group["differentiable"]):
+                    self._rules[inputs.group["rule"]].step(inputs)
+        return True
+
+    def _check(self, groups: Sequence[Group], *, is_first: bool, is_scaled: bool) -> bool:
+        """Check gradients, on all ranks where they vote.
+
+        Args:
+            groups: those to step.
+            is_first: whether this may be the hidden step that makes state.
+            is_scaled: whether a GradScaler has multiplied the gradients.
+
+        Returns:
+            Whether the step is only to make state.
+        """
+        if self._voters is not None:
+            verdict = check_on_all_ranks(self._voters, groups, self._rules, is_first=is_first)
+            share_gradients_(self._voters, groups, self._rules, verdict)
+            return verdict.only_makes_state
+        changed = self._release is not None
+        check_step(groups, self.param_groups, self._rules, is_scaled=is_scaled, rest_may_have_changed=changed)
+        return is_first and only_makes_state(groups)
+
+    def _gather(self, groups: Sequence[Group], start: int, found_inf: Tensor | None) -> list[StepInputs]:
+        """What each rule is to update, with its state."""
+        gathered: list[StepInputs] = []
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        for group in groups:
+            if self._rules[group["rule"]].is_guest:
+                start += len(group["params"])
+                continue
+            params: list[Tensor] = []
+            grads: list[Tensor] = []
+            positions: list[int] = []
+            kinds: list[int] = []
+            keys = self._rules[group["rule"]].state_keys
+            states: list[list[Tensor]] = [[] for _ in keys]
+            self._init_group(group, start, positions, kinds, params, grads, *states)
+            start += len(group["params"])
+            for kind in sorted(set(kinds)):
+                chosen = [index for index, other in enumerate(kinds) if other == kind]
+                gathered.append(
+                    StepInputs(
+                        group,
+                        [params[index] for index in chosen],
+                        [grads[index] for index in chosen],
+                        _states_of_kind(keys, states, kinds, kind),
+                        grad_scale,
+                        [positions[index] for index in chosen],
+                        found_inf,
+                        self._voters,
+                    )
+                )
+        return gathered
+
+    def _init_group(
+        self,
+        group: Group,
+        start: int,
+        positions: list[int],
+        kinds: list[int],
+        params: list[Tensor],
+        grads: list[Tensor],
+        *states: list[Tensor],
+    ) -> None:
+        """Gather what has a gradient, and create its state. torch.compile knows this name and runs it untraced.
+
+        ``kinds`` tells which keys a parameter's state has, as bits: the lists of the others lack it.
+        """
+        rule = self._rules[group["rule"]]
+        keys = rule.state_keys
+        told = *(group[name] for name in rule.hyperparameters), group["capturable"], group["fused"]
+        for position, param in enumerate(group["params"], start):
+            grad = param.grad
+            state = self.state[param]
+            if grad is None:
+                # The counter alone: strict loading of distributed checkpoints wants state of every parameter.
+                if COUNTER.key not in state:
+                    state[COUNTER.key] = COUNTER.create(param, group)
+                continue
+            declared = self._declared.get(param)
+            if declared is None or declared[0] != told:
+                declared = self._declared[param] = (told, rule.state(param, group))
+            kind = 0
+            for tensor in declared[1]:
+                if tensor.key not in state:
+                    state[tensor.key] = tensor.create(param, group)
+                place = keys.index(tensor.key)
+                kind |= 1 << place
+                states[place].append(state[tensor.key])
+            positions.append(position)
+            kinds.append(kind)
+            params.append(param)
+            grads.append(grad)
+
+    def _watch(self, groups: Sequence[Group]) -> None:
+        """Warn once of an optimizer without any gradient ever, for a step that does nothing would otherwise not show.
+
+        Not where parameters have no names: libraries that deal them out over ranks may give one rank unused ones alone.
+        """
+        if self._had_gradient or self._idle_steps == IDLE_STEPS:
+            return
+        params = [param for group in groups for param in group["params"]]
+        self._had_gradient = any(param.grad is not None for param in params)
+        is_idle = not self._had_gradient and any(param.requires_grad for param in params)
+        if not is_idle or self._release is not None or any("param_names" not in group for group in groups):
+            return
+        self._idle_steps += 1
+        if self._idle_steps == IDLE_STEPS:
+            warn(
+                f"none of the optimizer's parameters has had a gradient in {IDLE_STEPS} steps, so nothing was ever "
+                "updated. Either the model has other parameters by now, as after fully_shard, which replaces them: "
+                "build the optimizer after that. Or backward did not run, or gradients were set to None before the step"
+            )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned.
+
+        All is checked first: roles, layer names, parameter names, shapes, hyper-parameters. State keeps the dtype that
+        it was saved in, and is copied.
+
+        Raises:
+            TypeError: a hyper-parameter of the wrong type.
+            ValueError: the checkpoint belongs to another model or split; the message names the first difference. The
+                optimizer is as before.
+        """
+        mapping("state_dict", state_dict)
+        state: dict[Tensor, dict[str, Any]] = {}
+
+        def check(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
+            groups, loaded = loading.prepare(incoming, self.param_groups, self._rules)
+            load = self._checked_load(incoming)
+            state.update(loaded)
+            load()
+            return {"state": {}, "param_groups": groups}
+
+        def fill(_: Optimizer) -> None:
+            self.state.update(state)
+
+        # As hooks, to stand after the user's own pre-hooks and before the post-hooks. torch itself gets no state, for
+        # it would cast that to the parameters' dtype.
+        handles = (
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(fill, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _checked_load(self, state_dict: dict[str, Any]) -> Callable[[], None]:
+        """Check what else a state dict holds than state and groups; the result loads it."""
+        return lambda: None
+
+
+def _states_of_kind(
+    keys: Sequence[str], states: Sequence[list[Tensor]], kinds: Sequence[int], kind: int
+) -> dict[str, list[Tensor]]:
+    """By key the state of the parameters of one kind."""
+    result = {}
+    for place, (key, tensors) in enumerate(zip(keys, states, strict=True)):
+        if kind >> place & 1:
+            holders = [other for other in kinds if other >> place & 1]
+            result[key] = [tensor for tensor, other in zip(tensors, holders, strict=True) if other == kind]
+    return result

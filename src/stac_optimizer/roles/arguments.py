@@ -1,0 +1,78 @@
+"""STAC's arguments: each checked under its own name, and what one role alone reads refused beside another optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from stac_optimizer.distributed.vote import MajorityVote
+from stac_optimizer.optim import AdamW, Signum
+from stac_optimizer.optimizer import RuleOptimizer
+from stac_optimizer.rule import COMMON_HYPERPARAMETERS
+from stac_optimizer.validation import warn
+
+__all__ = ["checked_own", "checked_shared", "refuse_unread", "rule_arguments", "warn_of_empty_role"]
+
+
+def checked_shared(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What both roles take: the hyper-parameters that all rules have, and betas, which schedulers look for.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value out of range.
+    """
+    known = {**COMMON_HYPERPARAMETERS, "betas": AdamW.rule.hyperparameters["betas"]}
+    return {name: known[name].check(name, value) for name, value in values.items()}
+
+
+def checked_own(role: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What one role has in place of a shared argument; None where nothing was given."""
+    return {
+        name: None if value is None else COMMON_HYPERPARAMETERS[name].check(f"{role}_{name}", value)
+        for name, value in values.items()
+    }
+
+
+def rule_arguments(kind: type[RuleOptimizer], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a role's own rule, checked under the names that STAC has for them.
+
+    Args:
+        kind: the class of the rule.
+        values: by STAC's name; after ``trunk_`` that of the rule.
+    """
+    known = kind.rule.hyperparameters
+    bare = {name: name.removeprefix("trunk_") for name in values}
+    return {bare[name]: known[bare[name]].check(name, value) for name, value in values.items()}
+
+
+def refuse_unread(role: str, function: object, values: Mapping[str, Any], *, vote: MajorityVote | None = None) -> None:
+    """Refuse arguments of a role's own rule beside an optimizer given for the role, which would not read them.
+
+    Raises:
+        TypeError: a vote that is none.
+        ValueError: an argument that is not at its default.
+    """
+    if vote is not None and not isinstance(vote, MajorityVote):
+        raise TypeError(f"vote must be a MajorityVote or None, got {type(vote).__name__}")
+    if function is None:
+        return
+    kind = Signum if role == "trunk" else AdamW
+    changed = [
+        name
+        for name, value in values.items()
+        if value != kind.rule.hyperparameters[name.removeprefix("trunk_")].default
+    ]
+    if changed or vote is not None:
+        name = changed[0] if changed else "vote"
+        bare = name.removeprefix("trunk_")
+        raise ValueError(
+            f"{name} is for the {role}'s own {kind.__name__}, got {values.get(name, vote)!r} beside {role}_optimizer; "
+            f"write it there: {role}_optimizer=functools.partial(..., {bare}=...)"
+        )
+
+
+def warn_of_empty_role(role: str, own: Mapping[str, Any]) -> None:
+    """Warn of arguments for a role that has no parameters."""
+    for name, value in own.items():
+        if value is not None:
+            warn(f"{role}_{name} is {value!r}, and the {role} has no parameters: nothing reads it. Leave it out")

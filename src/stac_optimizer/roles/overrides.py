@@ -1,0 +1,70 @@
+"""Hyper-parameters for some of a model's parameters: which of the user's overrides apply to which."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from stac_optimizer.groups.keys import STRUCTURE_KEYS
+from stac_optimizer.model.layers import Layers
+from stac_optimizer.model.selectors import Selector
+from stac_optimizer.validation import non_negative
+
+__all__ = ["LR_RATIO", "Overrides", "checked_overrides", "merged", "overrides_by_name"]
+
+LR_RATIO = "lr_ratio"
+
+Overrides: TypeAlias = Iterable[tuple[Selector, Mapping[str, Any]]]
+
+
+def checked_overrides(overrides: Any) -> list[tuple[Selector, dict[str, Any]]]:
+    """The pairs as given; what their values may be, the rules know.
+
+    Raises:
+        TypeError: no (selector, dict) pair.
+        ValueError: a key that is no hyper-parameter, or both ``lr`` and ``lr_ratio``.
+    """
+    if isinstance(overrides, Mapping | str) or not isinstance(overrides, Iterable):
+        raise TypeError(f"overrides must be (selector, dict) pairs, got {type(overrides).__name__}")
+    result = []
+    for index, pair in enumerate(overrides):
+        where = f"overrides[{index}]"
+        is_pair = isinstance(pair, tuple | list) and len(pair) == 2
+        if not (is_pair and isinstance(pair[0], Selector) and isinstance(pair[1], Mapping)):
+            raise TypeError(
+                f"{where} must be a pair of a selector and a dict, such as (vectors(), {{'weight_decay': 0.0}}), got "
+                f"{pair!r}"
+            )
+        values = dict(pair[1])
+        for key in values:
+            if key in STRUCTURE_KEYS:
+                raise ValueError(f"{where} may not set {key!r}, which STAC itself does")
+        if LR_RATIO in values:
+            values[LR_RATIO] = non_negative(f"{where}[{LR_RATIO!r}]", values[LR_RATIO])
+            if "lr" in values:
+                raise ValueError(f"{where} sets both lr and lr_ratio; give one of them")
+        result.append((pair[0], values))
+    return result
+
+
+def overrides_by_name(overrides: Sequence[tuple[Selector, Any]], layers: Layers) -> dict[str, tuple[int, ...]]:
+    """For each parameter's name the positions of the overrides that apply to it.
+
+    Raises:
+        ValueError: a selector that matches nothing.
+    """
+    chosen = [selector.select(layers) for selector, _ in overrides]
+    names = [name for layer in layers.layers for name in layer.parameter_names]
+    return {name: tuple(index for index, some in enumerate(chosen) if name in some) for name in names}
+
+
+def merged(overrides: Sequence[tuple[Any, Mapping[str, Any]]], applied: Iterable[int]) -> dict[str, Any]:
+    """The values of the overrides that apply, later ones in place of earlier ones. ``lr`` and ``lr_ratio`` are one."""
+    result: dict[str, Any] = {}
+    for index in applied:
+        values = overrides[index][1]
+        if LR_RATIO in values or "lr" in values:
+            result.pop("lr", None)
+            result.pop(LR_RATIO, None)
+        result.update(values)
+    return result

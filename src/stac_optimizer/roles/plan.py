@@ -1,0 +1,116 @@
+"""Which parameters form which group of which role, before anything is known of what updates them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from stac_optimizer.groups.given import given_params
+from stac_optimizer.groups.keys import STRUCTURE_KEYS
+from stac_optimizer.model.layers import Layers, STACLayer
+from stac_optimizer.model.names import layer_of
+from stac_optimizer.model.partition import STACPartition
+from stac_optimizer.roles.overrides import merged, overrides_by_name
+from stac_optimizer.validation import one_of
+
+__all__ = ["ROLES", "GroupPlan", "planned", "planned_as_given"]
+
+ROLES = ("trunk", "cap")
+
+
+@dataclass(kw_only=True)
+class GroupPlan:
+    """One group to be.
+
+    Args:
+        role: "trunk" or "cap".
+        params: its parameters.
+        names: their names; None where they came without.
+        values: the hyper-parameters that it has of its own, ``lr_ratio`` among them.
+        types: by layer the name of its class, where that is known.
+    """
+
+    role: str
+    params: list[Tensor]
+    names: list[str] | None
+    values: dict[str, Any] = field(default_factory=dict)
+    types: Mapping[str, str] = field(default_factory=dict)
+
+    def structure(self, index: int, rule: str) -> dict[str, Any]:
+        """What the group says of itself besides parameters and hyper-parameters.
+
+        Args:
+            index: its place among the groups of its role.
+            rule: the name of what updates it.
+        """
+        layers = tuple(dict.fromkeys(map(layer_of, self.names or ())))
+        return {
+            **({} if self.names is None else {"param_names": self.names}),
+            "stac_role": self.role,
+            "name": self.role if index == 0 else f"{self.role}_{index}",
+            "rule": rule,
+            "layer_names": layers,
+            "layer_types": tuple(self.types.get(name, "") for name in layers),
+        }
+
+
+def planned(
+    layers: Layers, partition: STACPartition, overrides: Sequence[tuple[Any, Mapping[str, Any]]]
+) -> list[GroupPlan]:
+    """Of a model: one group for each role and combination of overrides, trunk first."""
+    applied = overrides_by_name(overrides, layers)
+    types = {layer.name: layer.type_name for layer in layers.layers}
+    plans = []
+    for role, some in (("trunk", partition.trunk_layers), ("cap", partition.cap_layers)):
+        members: dict[tuple[int, ...], list[tuple[str, Tensor]]] = {}
+        for name, param in _named(some):
+            members.setdefault(applied[name], []).append((name, param))
+        for which, named in members.items():
+            names, params = [name for name, _ in named], [param for _, param in named]
+            plans.append(
+                GroupPlan(role=role, params=params, names=names, values=merged(overrides, which), types=types)
+            )
+    return plans
+
+
+def _named(layers: Iterable[STACLayer]) -> Iterable[tuple[str, Tensor]]:
+    for layer in layers:
+        yield from zip(layer.parameter_names, layer.parameters, strict=True)
+
+
+def planned_as_given(given: Iterable[Any]) -> list[GroupPlan]:
+    """From dicts that name their ``stac_role``, in the order given.
+
+    Raises:
+        TypeError: no dict, or something in it of the wrong type.
+        ValueError: no role, an exhausted iterator.
+    """
+    plans = []
+    for index, group in enumerate(given):
+        where = f"group {index}: "
+        if not isinstance(group, Mapping):
+            raise TypeError(f"{where}expected a dict, as the first group is one, got {type(group).__name__}")
+        if "stac_role" not in group:
+            raise ValueError(
+                f"{where}stac_role must be one of 'trunk', 'cap', got None: groups must say which role they are of. To "
+                "let STAC split a model, pass the model itself, and what differs between parameters as overrides: "
+                "STAC(model, overrides=[(vectors(), {'weight_decay': 0.0})])"
+            )
+        role = one_of(where + "stac_role", group["stac_role"], ROLES)
+        items = given_params(group, where)
+        names = [item[0] for item in items if isinstance(item, tuple)]
+        if names and len(names) != len(items):
+            raise ValueError(f"{where}params must all have names or none, got {len(names)} names for {len(items)}")
+        plans.append(
+            GroupPlan(
+                role=role,
+                params=[item[1] if isinstance(item, tuple) else item for item in items],
+                names=names or None,
+                values={key: value for key, value in group.items() if key not in STRUCTURE_KEYS},
+                types=dict(zip(group.get("layer_names", ()), group.get("layer_types", ()), strict=False)),
+            )
+        )
+    return plans

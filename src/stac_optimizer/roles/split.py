@@ -1,0 +1,96 @@
+"""From what STAC is given to the plans of its groups: a model is split, dicts say their role themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from stac_optimizer.model.layers import Layers, find_layers
+from stac_optimizer.model.partition import split
+from stac_optimizer.model.selectors import Selector
+from stac_optimizer.roles.overrides import checked_overrides
+from stac_optimizer.roles.plan import GroupPlan, planned, planned_as_given
+from stac_optimizer.rule import Group, Rule
+from stac_optimizer.validation import count, warn
+
+__all__ = ["as_given", "plans_of", "warn_of_embeddings"]
+
+
+def as_given(model: Any) -> Any:
+    """A module as it is, and what else STAC takes as a list.
+
+    Raises:
+        TypeError: neither a module nor an ordered iterable.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    if isinstance(model, Tensor | str | set | frozenset) or not isinstance(model, Iterable):
+        raise TypeError(f"model must be a module, named parameters or group dicts, got {type(model).__name__}")
+    if isinstance(model, Mapping):
+        raise TypeError(
+            "model must be a module, named parameters or group dicts with a stac_role, got one dict: put it in a list"
+        )
+    return list(model)
+
+
+def plans_of(
+    model: Any,
+    overrides: Any,
+    *,
+    last_n_layers: int,
+    cap: Selector | None,
+    include_frozen: bool,
+    trunk_takes: Callable[[Tensor], bool],
+) -> tuple[list[GroupPlan], Layers | None]:
+    """The groups that STAC's arguments ask for, and the layers, where there are any.
+
+    Args:
+        model: what :func:`as_given` returned.
+        overrides: see :class:`stac_optimizer.STAC`; so for the others.
+        last_n_layers: how many layers form the cap.
+        cap: the selector of the cap.
+        include_frozen: whether to keep frozen parameters.
+        trunk_takes: whether what updates the trunk can update a parameter; others go to the cap.
+    """
+    last_n_layers = count("last_n_layers", last_n_layers)
+    checked = checked_overrides(overrides)
+    if isinstance(model, list) and model and isinstance(model[0], Mapping):
+        chosen = {"cap": (cap, None), "last_n_layers": (last_n_layers, 1), "overrides": (checked, [])}
+        for name, (value, default) in chosen.items():
+            if value != default:
+                raise ValueError(
+                    f"{name} chooses layers of a model, got {value!r} beside groups that name their stac_role"
+                )
+        return planned_as_given(model), None
+    layers = find_layers(model, include_frozen=include_frozen)
+    partition = split(layers, last_n_layers=last_n_layers, cap=cap, trunk_takes=trunk_takes)
+    return planned(layers, partition, checked), layers
+
+
+def warn_of_embeddings(layers: Layers | None, groups: Sequence[Group], rules: Mapping[str, Rule]) -> None:
+    """Warn of embeddings in a trunk whose weights walk on without a gradient; tied ones have gradients everywhere."""
+    if layers is None:
+        return
+    walking = {
+        name
+        for group in groups
+        if group["stac_role"] == "trunk" and rules[group["rule"]].walks_on(group)
+        for name in group["param_names"]
+    }
+    tied = {owner for _, _, owner in layers.ties}
+    found = [
+        layer.name
+        for layer, module in zip(layers.layers, layers.modules, strict=True)
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        and walking.intersection(layer.parameter_names)
+        and not tied.intersection(layer.parameter_names)
+    ]
+    if found:
+        what = "the embedding" if len(found) == 1 else "the embeddings"
+        warn(
+            f"the trunk holds {what} {', '.join(map(repr, found))}: rows of tokens that are absent from a batch keep "
+            "moving by the full lr, for the sign of their gradient average outlives their gradient. Pass "
+            "trunk_cautious=True, or put embeddings in the cap with cap=last_layers(1) | embeddings()"
+        )

@@ -1,0 +1,185 @@
+"""What updates a role: from the function that a user gives, and STAC's arguments, to complete groups.
+
+What is written in the function stands. What is not comes from STAC's arguments: of a class, or a ``functools.partial``
+of one, it is known what that is; any other function has written everything.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from stac_optimizer.distributed.vote import MajorityVote
+from stac_optimizer.groups.keys import defaults_of, hyperparameters_of, refuse_near_miss, unshare_lr
+from stac_optimizer.optimizer import RuleOptimizer
+from stac_optimizer.roles.guests import Guest, guest_of
+from stac_optimizer.roles.overrides import LR_RATIO
+from stac_optimizer.roles.plan import GroupPlan
+from stac_optimizer.rule import COMMON_HYPERPARAMETERS, Rule
+
+__all__ = ["OptimizerFunction", "Updater"]
+
+OptimizerFunction = Callable[[Any], Optimizer]
+"""From parameter groups to an optimizer of them: a class, a ``functools.partial`` of one, a lambda."""
+
+# torch.optim.Muon takes matrices alone; it came with torch 2.9.
+MATRIX_CLASSES = tuple(getattr(torch.optim, name) for name in ("Muon",) if hasattr(torch.optim, name))
+
+
+@dataclass(kw_only=True)
+class Updater:
+    """What updates one role.
+
+    Args:
+        role: the role.
+        function: the user's, or that of the role's own rule.
+        offered: STAC's shared arguments by name, for what the function has not written.
+        own: likewise those of the role alone, such as ``trunk_lr``; None where nothing was given.
+    """
+
+    role: str
+    function: OptimizerFunction
+    offered: Mapping[str, Any]
+    own: Mapping[str, Any]
+    guest: Guest | None = field(default=None, init=False)
+    rule: Rule | None = field(default=None, init=False)
+    vote: MajorityVote | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        name = f"{self.role}_optimizer"
+        if isinstance(self.function, Optimizer) or not callable(self.function):
+            raise TypeError(
+                f"{name} must be a function of parameters that returns an optimizer, such as a class or a "
+                f"functools.partial of one, got {self.function!r} of type {type(self.function).__name__}"
+            )
+        function = self.function.func if isinstance(self.function, functools.partial) else self.function
+        self.kind = function if isinstance(function, type) and issubclass(function, Optimizer) else None
+        is_native = self.kind is not None and issubclass(self.kind, RuleOptimizer)
+        self.native: Rule | None = getattr(self.kind, "rule", None) if is_native else None
+        self.rule = self.native
+        self.written = self.function.keywords if isinstance(self.function, functools.partial) else {}
+        for key, value in self.own.items():
+            if value is not None and (key in self.written or not self._takes(key)):
+                where = "is written there too" if key in self.written else f"{_name(self.function)} does not take it"
+                raise ValueError(
+                    f"{self.role}_{key} is given beside {name}, and {key} {where}; write it in {name} alone, for "
+                    f"example functools.partial(..., {key}={value!r})"
+                )
+
+    def takes_parameter(self, param: Tensor) -> bool:
+        """Whether what updates the role can update this parameter."""
+        if self.native is not None:
+            return self.native.takes(param)
+        is_matrix_class = self.kind is not None and issubclass(self.kind, MATRIX_CLASSES)
+        return not is_matrix_class or param.ndim == 2
+
+    def _base(self, *, has_other: bool) -> dict[str, Any]:
+        """What groups of the role have, where they say nothing, of STAC's arguments."""
+        offered = {key: value for key, value in self.offered.items() if key != "betas"}  # of the cap's AdamW alone
+        base = {key: value for key, value in offered.items() if key not in self.written and self._takes(key)}
+        if "lr" in base and has_other and self.native is not None and self.native.lr_ratio != 1:
+            base["lr"] = base["lr"] * self.native.lr_ratio
+        return base | {key: value for key, value in self.own.items() if value is not None}
+
+    def _takes(self, key: str) -> bool:
+        """Whether a value that the function has not written can be given to it in groups."""
+        if self.kind is None:
+            return False
+        if self.native is not None:
+            return key in hyperparameters_of(self.native)
+        # Flags of a foreign class are those of its function.
+        return key in ("lr", "weight_decay") and key in inspect.signature(self.kind).parameters
+
+    def groups(self, plans: Sequence[GroupPlan], *, has_other: bool) -> list[dict[str, Any]]:
+        """Complete groups of this role.
+
+        Args:
+            plans: those of the role.
+            has_other: whether there is another role beside it.
+
+        Raises:
+            TypeError: the function returns no optimizer, or a value of the wrong type.
+            ValueError: a value out of range, a key that the optimizer does not have, other parameters than were given.
+        """
+        base = self._base(has_other=has_other)
+        given = []
+        for plan in plans:
+            values = {key: value for key, value in plan.values.items() if key != LR_RATIO}
+            params = _pairs(plan) if plan.names is not None and self.native is not None else plan.params
+            where = {"stac_role": self.role} if self.native is not None else {}
+            given.append({"params": list(params), **where, **base, **_fresh(values)})
+        optimizer = self.function(given)
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"{self.role}_optimizer must return an optimizer, got {type(optimizer).__name__}")
+        groups = self._taken_over(optimizer, plans)
+        for index, (plan, group) in enumerate(zip(plans, groups, strict=True)):
+            self._check_keys(plan.values, group, optimizer)
+            if LR_RATIO in plan.values:
+                group["lr"] = group["lr"] * plan.values[LR_RATIO]
+            group.update(plan.structure(index, self.rule.name if self.rule else ""))
+            group.setdefault("error_if_nonfinite", self.offered["error_if_nonfinite"])
+            group.setdefault("betas", self.offered["betas"])
+        unshare_lr(group for group in groups if "lr" in group)
+        return groups
+
+    def values_of_new_groups(self, *, has_other: bool) -> dict[str, Any]:
+        """What a group that is added later begins with; nothing where that cannot be known."""
+        if self.native is None:
+            return {}
+        known = hyperparameters_of(self.native)
+        written = {key: value for key, value in self.written.items() if key in known}
+        if "vote" in written:
+            written["vote"] = getattr(written["vote"], "encoding", None)
+        values = defaults_of(self.native, {**self._base(has_other=has_other), **written})
+        return {"betas": self.offered["betas"], **values, "rule": self.native.name}
+
+    def _taken_over(self, optimizer: Optimizer, plans: Sequence[GroupPlan]) -> list[dict[str, Any]]:
+        if isinstance(optimizer, RuleOptimizer):
+            self.rule, self.vote = optimizer.rule, optimizer.given_vote
+            groups = optimizer.param_groups
+        else:
+            self.guest = guest_of(optimizer, self.role, self.function)
+            self.rule = self.guest.rule
+            groups = self.guest.groups
+        held = [[id(param) for param in group["params"]] for group in groups]
+        if held != [[id(param) for param in plan.params] for plan in plans]:
+            raise ValueError(
+                f"{self.role}_optimizer must hand the groups it is given to the optimizer as they are; "
+                f"{type(optimizer).__name__} holds other parameters"
+            )
+        return groups
+
+    def _check_keys(self, values: Iterable[str], group: Mapping[str, Any], optimizer: Optimizer) -> None:
+        """Refuse overrides that nothing would read."""
+        if isinstance(optimizer, RuleOptimizer):
+            known: Iterable[str] = hyperparameters_of(optimizer.rule)
+        else:
+            known = {*optimizer.defaults, *(key for key in group if key not in values)}
+        for key in values:
+            if key not in (*known, LR_RATIO) and key not in COMMON_HYPERPARAMETERS:
+                where = f"{self.role}: "
+                refuse_near_miss([key], list(known), where)
+                raise ValueError(
+                    f"{where}{key!r} is no hyper-parameter of {type(optimizer).__name__}, which has "
+                    f"{', '.join(sorted(known))}; select parameters of the other role alone, or leave it out"
+                )
+
+
+def _pairs(plan: GroupPlan) -> list[tuple[str, Tensor]]:
+    return list(zip(plan.names or (), plan.params, strict=True))
+
+
+def _fresh(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of which no tensor is shared with other groups: schedulers write into it in place."""
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in values.items()}
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__name__", None) or repr(function)

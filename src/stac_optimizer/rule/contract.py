@@ -1,0 +1,163 @@
+"""The contract of a rule. A rule holds no data: everything that changes an update stands in groups or state."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from stac_optimizer.distributed.shards import is_sharded, is_sharded_in_runs
+from stac_optimizer.distributed.vote import Voters
+from stac_optimizer.rule.hyperparameters import Group, Hyperparameter
+from stac_optimizer.rule.inputs import StepInputs
+from stac_optimizer.rule.preparation import Sums, step_prepared
+from stac_optimizer.rule.state import StateTensor
+from stac_optimizer.tensors.torch_private import is_foreach_faster
+
+__all__ = ["Rule"]
+
+
+class Rule(ABC):
+    """One update rule, stateless. Its optimizer class (:class:`stac_optimizer.optimizer.RuleOptimizer`) holds one."""
+
+    name: ClassVar[str]
+    """The group key ``rule`` holds it, so checkpoints do too: once released, never renamed."""
+
+    needs: ClassVar[Literal["elements", "tensor", "matrix"]] = "elements"
+    """What an update must see at once. "elements" runs on any part of a parameter, under flat partitions too; "tensor"
+    reduces over whole ones, and over their shards; "matrix" takes whole matrices, and no vectors."""
+
+    lr_ratio: ClassVar[float] = 1.0
+    """Where the learning rate of a role of STAC starts, of the shared one, beside another role."""
+
+    hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {}
+    """Group keys that the rule reads besides the common ones. Their defaults are this rule's alone."""
+
+    excluded: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """Pairs of group keys of which only one may be set, besides the common ones."""
+
+    state_keys: ClassVar[tuple[str, ...]]
+    """Every key that :meth:`state` may declare, the counter's "step" first."""
+
+    paths: ClassVar[frozenset[str]] = frozenset({"single", "foreach"})
+    """The ways it can run: "single", "foreach", "fused"."""
+
+    votes: ClassVar[bool] = False
+    """Whether ranks may vote on its step; where not, they average gradients."""
+
+    is_guest: ClassVar[bool] = False
+    """Whether a foreign optimizer updates its groups, and not :meth:`step`."""
+
+    @abstractmethod
+    def state(self, param: Tensor, group: Group) -> tuple[StateTensor, ...]:
+        """The state of one parameter under this group's hyper-parameters, the counter first."""
+
+    def update(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        state: Mapping[str, list[Tensor]],
+        group: Group,
+        sums: Sums,
+    ) -> None:
+        """Update parameters and state in place, by ``torch._foreach_*`` functions.
+
+        What every rule needs is done around it: tensors are local, real and in arithmetic precision, steps counted,
+        gradients unscaled and negated under ``maximize``; lr is a float, or a 0-dim tensor of float32 or wider.
+
+        Args:
+            params: weights, of one device and dtype; on the single path a list of one.
+            grads: read-only.
+            state: by key, in the order of ``params``.
+            group: the hyper-parameters.
+            sums: over whole parameters, for rules that need more than elements.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has neither update nor a step of its own")
+
+    def step(self, inputs: StepInputs) -> None:
+        """Update parameters in place. Rules with paths of their own replace it, and prepare by themselves.
+
+        Called without gradient recording, unless the group is differentiable.
+        """
+        step_prepared(inputs, self.update, is_whole=self.needs_whole(inputs.group))
+
+    def needs_whole(self, group: Group) -> bool:
+        """Whether parameters must not be cut under these hyper-parameters."""
+        return self.needs != "elements"
+
+    def walks_on(self, group: Group) -> bool:
+        """Whether a weight whose gradient stays zero keeps moving at full speed, as under the sign of an average."""
+        return False
+
+    def takes(self, param: Tensor) -> bool:
+        """Whether the rule can update a parameter of this shape; in STAC's trunk others go to the cap."""
+        return self.needs != "matrix" or param.ndim >= 2
+
+    def parameter_problem(self, param: Tensor, group: Group) -> str | None:
+        """Why this parameter cannot have these hyper-parameters, or None. Asked at construction and on load."""
+        if not self.takes(param):
+            return (
+                f"has {param.ndim} dimension{'' if param.ndim == 1 else 's'}, and {self.name} updates whole matrices; "
+                "give vectors to another optimizer, as STAC's cap, and do not flatten parameters"
+            )
+        if group["stochastic_rounding"] and param.dtype != torch.bfloat16:
+            return (
+                f"is {param.dtype}, and stochastic_rounding is for torch.bfloat16 alone; give such parameters a group "
+                "of their own with stochastic_rounding=False"
+            )
+        if group["stochastic_rounding"] and not is_sharded_in_runs(param):
+            return (
+                "is sharded within rows, and stochastic_rounding numbers the elements of whole ones; shard the first "
+                "dimension, or give such parameters a group of their own with stochastic_rounding=False"
+            )
+        return None
+
+    def gradient_problem(self, param: Tensor, grad: Tensor, group: Group) -> str | None:
+        """Why this gradient cannot be applied, or None. Asked for every parameter before any of them changes."""
+        if grad.layout != torch.strided:
+            return (
+                f"has a gradient of layout {grad.layout}, and {self.name} takes no sparse gradients; make it dense, "
+                "for embeddings with sparse=False"
+            )
+        if is_sharded(param) != is_sharded(grad):
+            kinds = ["a plain tensor", "a DTensor"]
+            param_kind, grad_kind = (kinds[is_sharded(tensor)] for tensor in (param, grad))
+            return f"is {param_kind} and its gradient {grad_kind}; distribute the gradient as the parameter is"
+        if group["differentiable"] and param.is_leaf and param.requires_grad:
+            return "is a leaf that requires grad, which a differentiable step cannot change in place; give clones"
+        # A model may have been cast, or its parameters flattened, since construction.
+        has_changed = group["stochastic_rounding"] or self.needs == "matrix"
+        return self.parameter_problem(param, group) if has_changed else None
+
+    def skips_by_itself(self, group: Group, states: Mapping[Tensor, Mapping[str, Tensor]]) -> bool:
+        """Whether :meth:`step` itself reads ``found_inf`` on the device, so that the host need not wait for it."""
+        return False
+
+    def average_state(  # noqa: B027 - most rules have nothing to do
+        self, params: Sequence[Tensor], states: Mapping[Tensor, Mapping[str, Tensor]], voters: Voters
+    ) -> None:
+        """Make state that differs by rank under a vote the mean over ranks; a collective."""
+
+    def can_lack(self, key: str, state: Mapping[str, Tensor]) -> bool:
+        """Whether a checkpoint's state of a parameter may lack this key, which its group declares."""
+        return False
+
+    def warning(self, names: Sequence[str], params: Sequence[Tensor], group: Group) -> str | None:
+        """What the user should be warned of at construction, or None."""
+        return None
+
+    def nbytes(self, param: Tensor, state: Mapping[str, Tensor], group: Group) -> int:
+        """State bytes of one parameter once it has stepped: as held, as declared where nothing is held yet."""
+        return sum(state[t.key].nbytes if t.key in state else t.nbytes(param) for t in self.state(param, group))
+
+    def path(self, params: Sequence[Tensor], group: Group) -> str:
+        """The path that the flags ask for; without flags the fastest safe one, as torch chooses."""
+        if group["fused"] and "fused" in self.paths:
+            return "fused"
+        foreach = group["foreach"]
+        if foreach is None:
+            foreach = is_foreach_faster(params, differentiable=group["differentiable"])
+        return "foreach" if foreach else "single"

@@ -1,0 +1,159 @@
+"""What is done around the update of a rule, so that its own text is the mathematics alone.
+
+Local parts of DTensors, complex numbers as two reals, low precision and stochastic rounding, scales and signs of
+gradients, counting, and blocks or lists of bounded memory (Note [Units of work]).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from stac_optimizer.distributed.shards import real_parts, run_offset, sum_over_shards
+from stac_optimizer.rule.hyperparameters import Group
+from stac_optimizer.rule.inputs import StepInputs
+from stac_optimizer.rule.state import count_step_
+from stac_optimizer.tensors import rounding
+from stac_optimizer.tensors.cutting import block_numel, blocks, filled
+from stac_optimizer.tensors.layouts import indices_by_device_and_dtype
+from stac_optimizer.tensors.pieces import Lists, Piece, Unit, is_recorded
+from stac_optimizer.tensors.precision import arithmetic_dtype
+
+__all__ = ["Sums", "step_prepared"]
+
+
+class Sums:
+    """Sums over whole parameters, whose shards may lie on several ranks.
+
+    Args:
+        params: the parameters as the optimizer holds them.
+    """
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self._params = params
+
+    @property
+    def numels(self) -> list[int]:
+        """The elements of each whole parameter, complex ones counted as two reals."""
+        return [param.numel() * (2 if param.is_complex() else 1) for param in self._params]
+
+    def over_shards(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """What the part on this rank contributes to a sum over each parameter, added up; a collective for DTensors."""
+        return [sum_over_shards(value, param) for value, param in zip(values, self._params, strict=True)]
+
+
+class Update(Protocol):
+    """See :meth:`stac_optimizer.rule.Rule.update`."""
+
+    def __call__(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        state: Mapping[str, list[Tensor]],
+        group: Group,
+        sums: Sums,
+    ) -> None: ...
+
+
+class _Part(NamedTuple):
+    """A piece of the parameter at this place of the lists."""
+
+    index: int
+    piece: Piece
+
+
+def step_prepared(inputs: StepInputs, update: Update, *, is_whole: bool) -> None:
+    """Count, prepare and update.
+
+    Args:
+        inputs: of one group.
+        update: the rule's.
+        is_whole: whether it must get whole parameters.
+    """
+    count_step_(inputs.states["step"])
+    keys = [key for key in inputs.states if key != "step"]
+    lists = Lists(
+        real_parts(inputs.params),
+        real_parts(inputs.grads, inputs.params),
+        [real_parts(inputs.states[key]) for key in keys],
+    )
+    seeds = _noise_seeds(inputs, len(keys)) if inputs.group["stochastic_rounding"] else []
+    for indices in indices_by_device_and_dtype(lists.flat()):
+        group = {**inputs.group, "lr": _prepared_lr(inputs.group["lr"], lists.params[indices[0]].device)}
+        for parts in _parts(lists, indices, is_whole=is_whole, one_by_one=group["foreach"] is False):
+            _update_parts(inputs, group, keys, parts, update, seeds)
+
+
+def _parts(lists: Lists, indices: Sequence[int], *, is_whole: bool, one_by_one: bool) -> Iterator[list[_Part]]:
+    """What is updated together: single parts, or lists of about one block's elements."""
+    is_whole = is_whole or is_recorded()
+    parts = [
+        _Part(index, piece)
+        for index in indices
+        for piece in (
+            [Piece(lists.at(index), strides=lists.params[index].stride())]
+            if is_whole
+            else blocks(lists.at(index), numel=block_numel(lists.params[index]))
+        )
+    ]
+    if one_by_one:
+        yield from ([part] for part in parts)
+    elif parts:
+        sizes = [part.piece.tensors.param.numel() for part in parts]
+        yield from filled(parts, sizes, block_numel(parts[0].piece.tensors.param))
+
+
+def _update_parts(
+    inputs: StepInputs,
+    group: Group,
+    keys: Sequence[str],
+    parts: Sequence[_Part],
+    update: Update,
+    seeds: Sequence[Tensor],
+) -> None:
+    stored = [[part.piece.tensors.param for part in parts]]
+    stored += [[part.piece.tensors.state[place] for part in parts] for place in range(len(keys))]
+    dtype = arithmetic_dtype(stored[0][0].dtype)
+    weights, *averages = [[tensor.to(dtype) for tensor in tensors] for tensors in stored]
+    grads = [_prepared_gradient(part.piece.tensors.grad, dtype, inputs) for part in parts]
+    steps = inputs.states["step"]
+    state = {"step": [steps[part.index] for part in parts], **dict(zip(keys, averages, strict=True))}
+    update(weights, grads, state, group, Sums([inputs.params[part.index] for part in parts]))
+    for kind, (results, tensors) in enumerate(zip((weights, *averages), stored, strict=True)):
+        for part, result, tensor in zip(parts, results, tensors, strict=True):
+            if result is tensor:
+                continue
+            if seeds and tensor.dtype == torch.bfloat16:
+                unit = Unit([part.piece], (part.index,))
+                rounding.round_into(result, tensor, rounding.noise_of(part.piece, unit, seeds[kind]))
+            else:
+                tensor.copy_(result)
+
+
+def _prepared_gradient(grad: Tensor, dtype: torch.dtype, inputs: StepInputs) -> Tensor:
+    """The gradient to descend along; the stored one is not written to."""
+    grad = grad.to(dtype)
+    if inputs.grad_scale is not None:
+        grad = grad / inputs.grad_scale.to(grad.device)
+    return -grad if inputs.group["maximize"] else grad
+
+
+def _prepared_lr(lr: float | Tensor, device: torch.device) -> float | Tensor:
+    """A number, or a tensor of no dimension: a captured step then sees its changes. bfloat16 would lose the decay."""
+    if not isinstance(lr, Tensor):
+        return lr
+    lr = lr.reshape(()).to(torch.promote_types(lr.dtype, torch.float32))
+    is_readable = lr.is_cpu and not (lr.requires_grad or torch.compiler.is_compiling())
+    return lr.item() if is_readable else lr.to(device)
+
+
+def _noise_seeds(inputs: StepInputs, states: int) -> list[Tensor]:
+    """For the weights, and for each kind of state, a seed for each parameter."""
+    seed, counts = inputs.group["rounding_seed"], rounding.counts(inputs.states["step"])
+    offsets = list(map(run_offset, inputs.params))
+    return [
+        rounding.noise_seeds(seed, inputs.positions, counts, kind=kind, offsets=offsets) for kind in range(states + 1)
+    ]

@@ -1,0 +1,77 @@
+"""What a rule declares of its state: for each tensor its key, shape, dtype, first value and device."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stac_optimizer.distributed.shards import zeros_by_row
+from stac_optimizer.rule.hyperparameters import Group
+
+__all__ = ["COUNTER", "StateTensor", "count_step_"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateTensor:
+    """Declares one state tensor of a parameter: of its shape and layout, dtype and device, unless told otherwise.
+
+    Args:
+        key: its key in ``optimizer.state[parameter]``, torch's own where the meaning is torch's.
+        shape: None for the parameter's. Of two dimensions and as many rows as the parameter, it is sharded as that is.
+        dtype: None for the parameter's.
+        fill: the first value of every element.
+        on_host: on the CPU, unless a kernel must read it there (capturable or fused).
+    """
+
+    key: str
+    shape: tuple[int, ...] | None = None
+    dtype: torch.dtype | None = None
+    fill: float = 0.0
+    on_host: bool = False
+
+    def create(self, param: Tensor, group: Group) -> Tensor:
+        """The first value."""
+        if self.shape is None:
+            result = torch.zeros_like(param, dtype=self.dtype_of(param), memory_format=torch.preserve_format)
+        elif len(self.shape) == 2:
+            result = zeros_by_row(param, *self.shape, dtype=self.dtype_of(param))
+        else:
+            result = torch.zeros(self.shape, dtype=self.dtype_of(param), device=self.device_of(param, group))
+        return result.fill_(self.fill) if self.fill else result
+
+    def dtype_of(self, param: Tensor) -> torch.dtype:
+        """The dtype once created."""
+        return param.dtype if self.dtype is None else self.dtype
+
+    def device_of(self, param: Tensor, group: Group) -> torch.device:
+        """Where the tensor belongs."""
+        is_there = not self.on_host or group["capturable"] or group["fused"]
+        return param.device if is_there else torch.device("cpu")
+
+    def shape_of(self, param: Tensor) -> torch.Size:
+        """The shape once created."""
+        return param.shape if self.shape is None else torch.Size(self.shape)
+
+    def nbytes(self, param: Tensor) -> int:
+        """Bytes once created."""
+        return math.prod(self.shape_of(param)) * self.dtype_of(param).itemsize
+
+
+COUNTER = StateTensor(key="step", shape=(), dtype=torch.float32, on_host=True)
+"""How many steps a parameter has taken. Every rule has it, and counts by :func:`count_step_` or is counted for."""
+
+
+def count_step_(steps: list[Tensor], found_inf: Tensor | None = None) -> None:
+    """Add one to each counter, unless a GradScaler found infinity.
+
+    On the CPU a tensor addend is four times faster: a scalar is wrapped anew for each.
+    """
+    if steps[0].is_cpu and not torch.compiler.is_compiling():
+        torch._foreach_add_(steps, torch.ones((), dtype=torch.float32, device="cpu"), alpha=1)
+    else:
+        torch._foreach_add_(steps, 1)
+    if found_inf is not None:
+        torch._foreach_sub_(steps, [found_inf.to(step.device) for step in steps])

@@ -1,0 +1,216 @@
+"""Gradient release: each parameter is updated in backward, as soon as its gradient is there, and the gradient freed.
+
+Knows when to update and what to refuse; the update itself is the optimizer's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+from torch import Tensor, distributed, nn
+from torch.utils.hooks import RemovableHandle
+
+from stac_optimizer.distributed.shards import is_sharded
+from stac_optimizer.model.names import name_of, named_parameters
+from stac_optimizer.rule import Group, Rule
+
+__all__ = ["GradientRelease"]
+
+EACH_RANK_ALONE = (
+    "would step on the gradients of each rank alone: its hooks run before gradients are averaged over ranks"
+)
+ORDINARY_LOOP = "train without release_gradients, with step() after backward"
+
+
+class Releasable(Protocol):
+    """What a release needs of an optimizer."""
+
+    param_groups: list[dict[str, Any]]
+    _release: GradientRelease | None
+
+    def _update(self, groups: Sequence[Group], position: int | None = None) -> bool:
+        """Update what has a gradient in these groups, or raise before any of it has changed."""
+
+
+class GradientRelease:
+    """The time in which an optimizer updates during backward: until :meth:`remove`, or the end of a ``with``.
+
+    Each parameter is updated once its whole gradient of this backward is accumulated, and the gradient is freed, so
+    ``.grad`` of at most one parameter is alive at a time. Weights and state are those of the ordinary loop to the bit.
+    There is one exception: a first step at lr 0 whose gradients are all zeros is counted here and not there. What
+    autograd computes together, such as weight and bias of one layer, it also holds together until it is accumulated.
+
+    - ``step()`` marks the end of an iteration, and is needed: without it a second backward is refused. It has nothing
+      left to update, except gradients that were set by hand. Step hooks run then, with the weights already moved.
+    - ``zero_grad()`` finds nothing to do. Schedulers work: the learning rate is read at each update.
+    - ``state_dict`` and ``load_state_dict`` work, also between backward and step. Copies of the optimizer, by deepcopy
+      or pickle, are without release.
+    - What needs all gradients at once cannot work. Clipping by the global norm finds no gradients and, in torch, says
+      nothing. Gradient accumulation, a GradScaler, closures and ``error_if_nonfinite`` are refused. To change one
+      gradient by itself, register a hook of your own on its parameter before the release.
+    - Where a gradient comes too early, before ranks have averaged it, the release is refused.
+    - A backward that raises half-way leaves the parameters that it had reached updated.
+    - What reads a weight in backward behind autograd's back, through ``weight.data``, may read the new one.
+
+    Args:
+        optimizer: whose parameters are to be updated.
+        rules: its rules, by the name that groups hold.
+        model: the module that holds all of them.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: a parameter of the optimizer is not in ``model``.
+        RuntimeError: something that a release cannot serve; nothing was changed. In backward and from ``step()``: as
+            above, or a gradient that cannot be applied.
+    """
+
+    def __init__(self, optimizer: Releasable, rules: Mapping[str, Rule], model: nn.Module) -> None:
+        _refuse_model(optimizer, rules, model)
+        self._optimizer, self._rules = optimizer, rules
+        self._updated: set[Tensor] = set()
+        indexed = [(param, index) for index, group in enumerate(optimizer.param_groups) for param in group["params"]]
+        self._handles = [self._hooked(param, index, position) for position, (param, index) in enumerate(indexed)]
+        optimizer._release = self
+
+    def __enter__(self) -> GradientRelease:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Go back to the ordinary loop. To do so again changes nothing."""
+        for handle in self._handles:
+            handle.remove()
+        if self._optimizer._release is self:
+            self._optimizer._release = None
+
+    def end_iteration(self, closure: object) -> None:
+        """What the optimizer's step asks first.
+
+        Raises:
+            RuntimeError: what asks for this step expects it to do what backward has done already.
+        """
+        # What a GradScaler hands over; it takes these away only after a step that succeeds.
+        handed_over = vars(self._optimizer)
+        if handed_over.pop("found_inf", None) is not None:
+            handed_over.pop("grad_scale", None)
+            raise RuntimeError(
+                "a GradScaler steps while gradients are released: backward has applied them already, still multiplied "
+                "by its scale and not checked for infinity. Go back to the weights before this backward; train in "
+                f"bfloat16 without a scaler (or with enabled=False), or {ORDINARY_LOOP}"
+            )
+        if closure is not None:
+            raise RuntimeError(
+                "step got a closure while gradients are released: the closure's backward would itself update, before "
+                f"the step knows its loss. Call backward and then step() without a closure, or {ORDINARY_LOOP}"
+            )
+        _refuse_ranks()  # they may have come after the release
+        for param in self._updated:
+            if param.grad is not None:
+                self._refuse_second(param)
+        self._updated.clear()
+
+    def _hooked(self, param: Tensor, index: int, position: int) -> RemovableHandle:
+        trains = param.requires_grad
+        # torch puts hooks only on what requires grad, and what is frozen now may thaw while they are there.
+        param.requires_grad_(True)
+        handle: RemovableHandle = param.register_post_accumulate_grad_hook(partial(self._apply, index, position))
+        param.requires_grad_(trains)
+        return handle
+
+    def _apply(self, index: int, position: int, param: Tensor) -> None:
+        """The hook: update one parameter.
+
+        Args:
+            index: of its group, which load_state_dict replaces by another dict.
+            position: its place among all parameters.
+            param: the parameter.
+        """
+        group = self._optimizer.param_groups[index]
+        _refuse_group(group, self._rules)  # a checkpoint may have brought another flag
+        if param.grad is None:
+            raise RuntimeError(
+                f"the gradient of {self._name(param)} is gone before it could be applied: another hook, perhaps the "
+                "release of another optimizer, has freed it. Remove that one first"
+            )
+        if param in self._updated:
+            self._refuse_second(param)
+        self._optimizer._update([{**group, "params": [param]}], position)
+        self._updated.add(param)
+        param.grad = None
+
+    def _refuse_second(self, param: Tensor) -> None:
+        raise RuntimeError(
+            f"{self._name(param)} has a second gradient since the last step(), and the first is applied and gone: "
+            "released gradients cannot be accumulated. Call step() after each backward (zero_grad() drops what is left "
+            f"now); to accumulate over several, {ORDINARY_LOOP}"
+        )
+
+    def _name(self, param: Tensor) -> str:
+        return repr(name_of(self._optimizer.param_groups, param))
+
+
+def _refuse_model(optimizer: Releasable, rules: Mapping[str, Rule], model: nn.Module) -> None:
+    """Raise where a release of this optimizer's gradients would not give the ordinary trajectory."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be the module that the optimizer trains, got {type(model).__name__}")
+    if optimizer._release is not None:
+        raise RuntimeError("gradients are released already; remove() the handle that release_gradients returned first")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            where = f"holds DistributedDataParallel as {name!r}" if name else "is DistributedDataParallel"
+            raise RuntimeError(f"model {where}, and release_gradients {EACH_RANK_ALONE}; {ORDINARY_LOOP}")
+    _refuse_ranks()
+    for group in optimizer.param_groups:
+        _refuse_group(group, rules)
+    held = set(model.parameters())
+    for name, param, _ in named_parameters(optimizer.param_groups):
+        if param not in held:
+            raise ValueError(f"model lacks the optimizer's parameter {name!r}; pass the module that holds all of them")
+        if is_sharded(param):
+            raise RuntimeError(
+                f"{name!r} is a DTensor, as FSDP2 makes them, and never runs the hooks of release_gradients on its "
+                f"own gradient; {ORDINARY_LOOP}"
+            )
+        if param.grad is not None:
+            raise RuntimeError(
+                f"{name!r} has a gradient already, to which the next backward would add; call step(), if it is to "
+                "count, and zero_grad() before release_gradients"
+            )
+
+
+def _refuse_ranks() -> None:
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        size = distributed.get_world_size()
+        raise RuntimeError(
+            f"torch.distributed runs on {size} ranks, and release_gradients {EACH_RANK_ALONE}; {ORDINARY_LOOP}"
+        )
+
+
+def _refuse_group(group: Group, rules: Mapping[str, Rule]) -> None:
+    if rules[group["rule"]].is_guest:
+        raise RuntimeError(
+            f"release_gradients steps one parameter at a time, and {group['rule']} ({group.get('stac_role')}) is a "
+            f"foreign optimizer, which may need all gradients at once; {ORDINARY_LOOP}"
+        )
+    for flag, reason, way_out in (
+        (
+            "differentiable",
+            "a recorded step must not change weights that the backward under way still needs",
+            "Pass differentiable=False",
+        ),
+        (
+            "error_if_nonfinite",
+            "it promises that nothing changes where any gradient is bad, and earlier ones are gone",
+            "Pass error_if_nonfinite=False",
+        ),
+        ("vote", "ranks vote in step, on all averages together", "Build the optimizer without vote"),
+    ):
+        if group.get(flag):
+            raise RuntimeError(
+                f"release_gradients does not work with {flag}={group[flag]!r} ({group.get('stac_role', group['rule'])}): {reason}. "
+                f"{way_out}, or {ORDINARY_LOOP}"
+            )
