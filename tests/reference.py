@@ -6,7 +6,7 @@ Each takes one parameter's values and state before a step and returns those afte
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,20 +15,54 @@ Array: TypeAlias = NDArray[np.float64]
 State: TypeAlias = dict[str, Array]
 
 
-def sign_momentum(p: Array, g: Array, state: State, h: Mapping[str, Any]) -> tuple[Array, State]:
-    """The trunk: decay, average, sign; with the cautious mask its mean over the whole tensor (arXiv 2411.16085)."""
+class Result(NamedTuple):
+    """What a step leaves.
+
+    Args:
+        p: the parameter.
+        state: its state.
+        signed: what moves the weight by its sign, so that the reference binds only where it is farther from 0 than its
+            rounding; None where all of it binds.
+    """
+
+    p: Array
+    state: State
+    signed: Array | None = None
+
+
+def _sign(values: Array) -> Array:
+    return np.where(values > 0, 1.0, np.where(values < 0, -1.0, 0.0))
+
+
+def _cautious(direction: Array, g: Array) -> Array:
+    """What agrees with the gradient, divided by the share of it in the whole tensor (arXiv 2411.16085)."""
+    mask = (direction * g > 0).astype(np.float64)
+    return direction * mask / max(mask.mean(), 1e-3)
+
+
+def signum(p: Array, g: Array, state: State, h: Mapping[str, Any]) -> Result:
+    """The trunk: decay, average, sign."""
     g = -g if h["maximize"] else g
-    mu = h["trunk_momentum"]
+    mu = h["momentum"]
     p = p * (1 - h["lr"] * h["weight_decay"])
     m = mu * state.get("exp_avg", np.zeros_like(g)) + (1 - mu) * g
-    direction = np.where(m > 0, 1.0, np.where(m < 0, -1.0, 0.0))
-    if h["trunk_cautious"] and p.size:
-        mask = (m * g > 0).astype(np.float64)
-        direction = direction * mask / max(mask.mean(), 1e-3)
-    return p - h["lr"] * direction, {"exp_avg": m} if mu else {}
+    direction = _cautious(_sign(m), g) if h["cautious"] and p.size else _sign(m)
+    # Without momentum it is the sign of the gradient itself, which nothing rounds.
+    return Result(p - h["lr"] * direction, {"exp_avg": m} if mu else {}, m if mu else None)
 
 
-def adamw(p: Array, g: Array, state: State, h: Mapping[str, Any]) -> tuple[Array, State]:
+def lion(p: Array, g: Array, state: State, h: Mapping[str, Any]) -> Result:
+    """Algorithm 2 of arXiv 2302.06675: the step goes by c, and not by the average that is kept."""
+    g = -g if h["maximize"] else g
+    beta1, beta2 = h["betas"]
+    m = state.get("exp_avg", np.zeros_like(g))
+    c = beta1 * m + (1 - beta1) * g
+    direction = _cautious(_sign(c), g) if h["cautious"] and p.size else _sign(c)
+    p = p * (1 - h["lr"] * h["weight_decay"])
+    return Result(p - h["lr"] * direction, {"exp_avg": beta2 * m + (1 - beta2) * g}, c)
+
+
+def adamw(p: Array, g: Array, state: State, h: Mapping[str, Any]) -> Result:
     """The cap: Algorithm 2 of arXiv 1711.05101, with AMSGrad's maximum where asked."""
     g = -g if h["maximize"] else g
     beta1, beta2 = h["betas"]
@@ -40,7 +74,7 @@ def adamw(p: Array, g: Array, state: State, h: Mapping[str, Any]) -> tuple[Array
         new_state["max_exp_avg_sq"] = v = np.maximum(state.get("max_exp_avg_sq", np.zeros_like(v)), v)
     m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
     p = p * (1 - h["lr"] * h["weight_decay"])
-    return p - h["lr"] * m_hat / (np.sqrt(v_hat) + h["eps"]), new_state
+    return Result(p - h["lr"] * m_hat / (np.sqrt(v_hat) + h["eps"]), new_state)
 
 
 def block_scales(m: Array, block: int = 128) -> Array:

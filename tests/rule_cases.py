@@ -1,15 +1,18 @@
-"""The table of rules: one row gives a rule every test of tests/test_rules.py. A new rule is one more row."""
+"""The table of rules: one row gives a rule every test of tests/optim/test_rules.py. A new rule is one more row."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stac_optimizer import STAC
+from stac_optimizer.optim import AdamW, Lion, Signum
+from stac_optimizer.optimizer import RuleOptimizer
 from tests import reference
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64)
@@ -20,52 +23,72 @@ class RuleCase:
     """One rule under one set of hyper-parameters.
 
     Args:
-        role: the role whose rule it is.
+        kind: its drop-in class.
         arguments: hyper-parameters besides the defaults.
         reference: the float64 reference.
-        paths: STAC arguments for each path, by the path's name.
-        is_sign: a weight moves by the sign of ``exp_avg``, so the reference binds only where that is not near 0.
+        role: the role of STAC that it is tested in.
+        paths: the class's arguments for each path, by the path's name.
+        agrees_by_bits: whether all paths give the same bits; where not, the rule's own tests tell what they must give.
         slack: roundings, in units of the dtype's epsilon, by which a result may differ from the reference.
         dtypes: those on which the reference binds.
     """
 
     name: str
-    role: str
+    kind: type[RuleOptimizer]
     arguments: Mapping[str, Any]
-    reference: Callable[..., tuple[reference.Array, reference.State]]
+    reference: Callable[..., reference.Result]
+    role: str = "trunk"
     paths: Mapping[str, Mapping[str, Any]]
-    is_sign: bool = False
+    agrees_by_bits: bool = True
     slack: float = 1.5  # decay and step round once each, to at most half an epsilon; measured 1.06
     dtypes: tuple[torch.dtype, ...] = DTYPES
 
-    def optimizer(self, params: Mapping[str, Tensor], path: str, **overrides: Any) -> STAC:
-        """STAC over these parameters in one group of the case's role."""
+    def optimizer(self, params: Mapping[str, Tensor], path: str, **overrides: Any) -> RuleOptimizer:
+        """The class alone, over these parameters in one group."""
+        build: Callable[..., RuleOptimizer] = self.kind
+        return build(list(params.items()), **{**self.arguments, **self.paths[path], **overrides})
+
+    def in_role(self, params: Mapping[str, Tensor], path: str, **overrides: Any) -> STAC:
+        """STAC over these parameters in one group of the case's role, which the class updates."""
+        build = partial(self.kind, **{**self.arguments, **self.paths[path], **overrides})
         groups = [{"params": list(params.items()), "stac_role": self.role}]
-        return STAC(groups, **{**self.arguments, **self.paths[path], **overrides})
+        roles: dict[str, Any] = {f"{self.role}_optimizer": build}
+        return STAC(groups, **roles)
 
 
-# On the CPU the trunk's fused path leaves tensors as small as those here to the single-tensor one.
+# On the CPU Signum's fused path leaves tensors as small as those here to the single-tensor one.
 PATHS = {"single": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}
 
 
-def _trunk(name: str, **arguments: Any) -> RuleCase:
+def _signum(name: str, **arguments: Any) -> RuleCase:
     return RuleCase(
-        name=f"sign_momentum-{name}",
-        role="trunk",
+        name=f"signum-{name}",
+        kind=Signum,
         arguments={"lr": 0.01, "weight_decay": 0.1, **arguments},
-        reference=reference.sign_momentum,
+        reference=reference.signum,
         paths=PATHS,
-        is_sign=True,
     )
 
 
-def _cap(name: str, **arguments: Any) -> RuleCase:
+def _lion(name: str, **arguments: Any) -> RuleCase:
+    return RuleCase(
+        name=f"lion-{name}",
+        kind=Lion,
+        arguments={"lr": 0.01, "weight_decay": 0.1, **arguments},
+        reference=reference.lion,
+        paths={"single": PATHS["single"], "foreach": PATHS["foreach"]},
+    )
+
+
+def _adamw(name: str, **arguments: Any) -> RuleCase:
     return RuleCase(
         name=f"adamw-{name}",
-        role="cap",
+        kind=AdamW,
         arguments={"lr": 0.01, "weight_decay": 0.1, **arguments},
         reference=reference.adamw,
+        role="cap",
         paths=PATHS,
+        agrees_by_bits=False,
         # A rounding for each of about ten operations, low-precision ones in their own dtype.
         slack=4.0,
         # In float16 torch's squared gradients underflow, to infinite steps; there only equality with torch is asserted.
@@ -73,21 +96,26 @@ def _cap(name: str, **arguments: Any) -> RuleCase:
     )
 
 
-CAUTIOUS = _trunk("cautious", trunk_cautious=True)
+PLAIN = _signum("default")
+CAUTIOUS = _signum("cautious", cautious=True)
 RULE_CASES = (
-    _trunk("default"),
-    _trunk("no-decay", weight_decay=0.0),
-    _trunk("maximize", maximize=True, trunk_momentum=0.5),
-    _trunk("no-momentum", trunk_momentum=0.0),
-    _trunk("no-momentum-maximize", trunk_momentum=0.0, maximize=True),
+    PLAIN,
+    _signum("no-decay", weight_decay=0.0),
+    _signum("maximize", maximize=True, momentum=0.5),
+    _signum("no-momentum", momentum=0.0),
+    _signum("no-momentum-maximize", momentum=0.0, maximize=True),
     CAUTIOUS,
-    _trunk("cautious-maximize", trunk_cautious=True, maximize=True),
-    _trunk("cautious-no-momentum", trunk_cautious=True, trunk_momentum=0.0, maximize=True),
-    _cap("default"),
-    _cap("amsgrad", amsgrad=True),
-    _cap("maximize", maximize=True, betas=(0.5, 0.9), eps=1e-6),
+    _signum("cautious-maximize", cautious=True, maximize=True),
+    _signum("cautious-no-momentum", cautious=True, momentum=0.0, maximize=True),
+    _adamw("default"),
+    _adamw("amsgrad", amsgrad=True),
+    _adamw("maximize", maximize=True, betas=(0.5, 0.9), eps=1e-6),
+    _lion("default"),
+    _lion("no-decay", weight_decay=0.0),
+    _lion("maximize", maximize=True, betas=(0.5, 0.75)),
+    _lion("cautious", cautious=True),
+    _lion("cautious-maximize", cautious=True, maximize=True),
 )
-
 
 def zoo(dtype: torch.dtype, seed: int = 0) -> dict[str, nn.Parameter]:
     """Parameters of every shape and layout that users have, by name."""
@@ -122,7 +150,7 @@ def random_gradients(params: Mapping[str, Tensor], seed: int, *, skip: Iterable[
     }
 
 
-def step_with(optimizer: STAC, params: Mapping[str, Tensor], gradients: Mapping[str, Tensor | None]) -> None:
+def step_with(optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor], gradients: Mapping[str, Tensor | None]) -> None:
     """One step with these gradients, which must come out of it as they went in."""
     for name, param in params.items():
         gradient = gradients[name]

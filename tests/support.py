@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stac_optimizer import STAC, _units
+from stac_optimizer import STAC
+from stac_optimizer.tensors import cutting
 
 
 def small_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -101,6 +102,6 @@ def parameter_state(optimizer: STAC, model: nn.Module, name: str) -> dict[str, A
 
 def set_units(monkeypatch: pytest.MonkeyPatch, *, block: int = 1 << 40, pack: int = 0) -> None:
     """Set the units of work on the CPU; by default every tensor is one."""
-    monkeypatch.setattr(_units, "BLOCK_NUMEL", block)
-    monkeypatch.setattr(_units, "CODED_NUMEL", block)
-    monkeypatch.setattr(_units, "PACK_NUMEL", pack)
+    monkeypatch.setattr(cutting, "BLOCK_NUMEL", block)
+    monkeypatch.setattr(cutting, "CODED_NUMEL", block)
+    monkeypatch.setattr(cutting, "PACK_NUMEL", pack)

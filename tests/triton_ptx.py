@@ -15,8 +15,8 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from stac_optimizer.rules import _sign_momentum_triton as host
-from stac_optimizer.rules import _sign_momentum_triton_kernels
+from stac_optimizer.optim.signum import triton as host
+from stac_optimizer.optim.signum import triton_kernels
 
 LOW = torch.bfloat16
 
@@ -64,7 +64,7 @@ def compile_step(
     is_stochastic: bool = False,
 ) -> None:
     """Add the kernels of one step."""
-    for kernel in (_sign_momentum_triton_kernels.count_kernel, _sign_momentum_triton_kernels.update_kernel):
+    for kernel in (triton_kernels.count_kernel, triton_kernels.update_kernel):
         setattr(host, kernel.__name__, Compiling(kernel, ptx, name, options or {}))
 
     def tensors(dtype: torch.dtype) -> list[Tensor]:
@@ -73,7 +73,7 @@ def compile_step(
         return [memory[first : first + 1024]]
 
     one = torch.ones(1) if is_scaled else None
-    host.fused_sign_momentum(
+    host.fused_signum(
         tensors(dtype),
         tensors(dtype),
         tensors(state_dtype or dtype),
@@ -85,7 +85,7 @@ def compile_step(
         maximize=is_scaled,
         grad_scale=one,
         found_inf=one,
-        salts=torch.zeros(1, dtype=torch.int32) if is_stochastic else None,
+        noise_seeds=torch.zeros(1, dtype=torch.int32) if is_stochastic else None,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ class RuleOptimizer(Optimizer):
     def _build(self, groups: list[dict[str, Any]], defaults: dict[str, Any], rules: Mapping[str, Rule]) -> None:
         """Become an optimizer of groups that are complete and checked."""
         self._rules = rules
-        self._declared: dict[Tensor, tuple[object, tuple[StateTensor, ...]]] = {}
+        self._declared: dict[Tensor, _Declared] = {}
         self._is_building = True
         super().__init__(groups, defaults)
         self._is_building = False
@@ -257,18 +257,10 @@ class RuleOptimizer(Optimizer):
             start += len(group["params"])
             for kind in sorted(set(kinds)):
                 chosen = [index for index, other in enumerate(kinds) if other == kind]
-                gathered.append(
-                    StepInputs(
-                        group,
-                        [params[index] for index in chosen],
-                        [grads[index] for index in chosen],
-                        _states_of_kind(keys, states, kinds, kind),
-                        grad_scale,
-                        [positions[index] for index in chosen],
-                        found_inf,
-                        self._voters,
-                    )
-                )
+                held = _states_of_kind(keys, states, kinds, kind)
+                some = [[tensors[index] for index in chosen] for tensors in (params, grads)]
+                places = [positions[index] for index in chosen]
+                gathered.append(StepInputs(group, some[0], some[1], held, grad_scale, places, found_inf, self._voters))
         return gathered
 
     def _init_group(
@@ -286,7 +278,6 @@ class RuleOptimizer(Optimizer):
         ``kinds`` tells which keys a parameter's state has, as bits: the lists of the others lack it.
         """
         rule = self._rules[group["rule"]]
-        keys = rule.state_keys
         told = *(group[name] for name in rule.hyperparameters), group["capturable"], group["fused"]
         for position, param in enumerate(group["params"], start):
             grad = param.grad
@@ -297,17 +288,14 @@ class RuleOptimizer(Optimizer):
                     state[COUNTER.key] = COUNTER.create(param, group)
                 continue
             declared = self._declared.get(param)
-            if declared is None or declared[0] != told:
-                declared = self._declared[param] = (told, rule.state(param, group))
-            kind = 0
-            for tensor in declared[1]:
+            if declared is None or declared.told != told:
+                declared = self._declared[param] = _declared(rule, param, group, told)
+            for place, tensor in declared.tensors:
                 if tensor.key not in state:
                     state[tensor.key] = tensor.create(param, group)
-                place = keys.index(tensor.key)
-                kind |= 1 << place
                 states[place].append(state[tensor.key])
             positions.append(position)
-            kinds.append(kind)
+            kinds.append(declared.kind)
             params.append(param)
             grads.append(grad)
 
@@ -370,6 +358,25 @@ class RuleOptimizer(Optimizer):
     def _checked_load(self, state_dict: dict[str, Any]) -> Callable[[], None]:
         """Check what else a state dict holds than state and groups; the result loads it."""
         return lambda: None
+
+
+class _Declared(NamedTuple):
+    """What a rule declared of a parameter's state, remembered for as long as its group says the same.
+
+    Args:
+        told: what the group said.
+        kind: which of the rule's keys there are, as bits.
+        tensors: those, each with its place among the keys.
+    """
+
+    told: object
+    kind: int
+    tensors: Sequence[tuple[int, StateTensor]]
+
+
+def _declared(rule: Rule, param: Tensor, group: Group, told: object) -> _Declared:
+    tensors = [(rule.state_keys.index(tensor.key), tensor) for tensor in rule.state(param, group)]
+    return _Declared(told, sum(1 << place for place, _ in tensors), tensors)
 
 
 def _states_of_kind(

@@ -1,4 +1,4 @@
-"""STAC: arguments to partition to groups. No arithmetic; the step is :class:`stac_optimizer.optimizer.RuleOptimizer`'s."""
+"""STAC: arguments to partition to groups. No arithmetic; the step is that of RuleOptimizer."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from stac_optimizer.distributed.vote import MajorityVote
 from stac_optimizer.groups.given import settle_names
-from stac_optimizer.groups.keys import checked, defaults_of, hyperparameters_of, refuse_near_miss
+from stac_optimizer.groups.keys import checked, hyperparameters_of, refuse_near_miss
 from stac_optimizer.groups.translation import from_adamw
 from stac_optimizer.model.partition import STACPartition
 from stac_optimizer.model.selectors import Selector
@@ -139,9 +138,9 @@ class STAC(RuleOptimizer):
     Raises:
         TypeError: an argument of the wrong type, or parameters without names.
         ValueError: an argument out of range or given twice, nothing to train, a selector that matches nothing, a group
-            without role or with a misspelt key, a key that the role's rule does not have, stochastic rounding of weights that are not bfloat16. On every rank, naming what
-            differs: ranks that share a DDP model or DTensors, or vote, and build different optimizers; all of them
-            must build.
+            without role or with a misspelt key, a key that the role's rule does not have, stochastic rounding of
+            weights that are not bfloat16. On every rank, naming what differs: ranks that share a DDP model or DTensors,
+            or vote, and build different optimizers; all of them must build.
         RuntimeError: from :meth:`step`, before anything has changed: a sparse gradient, a non-finite one under
             ``error_if_nonfinite``, one that the cap's AdamW cannot apply.
 
@@ -318,7 +317,7 @@ class STAC(RuleOptimizer):
             )
         states = [self.state.get(param, {}) for group in self.param_groups for param in group["params"]]
         kinds = [sorted((key, str(value.dtype)) for key, value in state.items()) for state in states]
-        self._voters.agree_on(str(kinds))
+        self._voters.check_same_kinds(str(kinds))
         for group in self.param_groups:
             self._rules[group["rule"]].average_state(group["params"], self.state, self._voters)
 
@@ -350,7 +349,9 @@ class STAC(RuleOptimizer):
             return
         values = self._new_values.get(plan.role)
         if not values:
-            raise RuntimeError(f"the {plan.role} has no optimizer to add a group to; give it parameters at construction")
+            raise RuntimeError(
+                f"the {plan.role} has no optimizer to add a group to; give it parameters at construction"
+            )
         rule = self._rules[values["rule"]]
         refuse_near_miss(plan.values, hyperparameters_of(rule), "param_group: ")
         extra = {key: value for key, value in plan.values.items() if key not in values}

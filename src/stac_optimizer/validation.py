@@ -30,6 +30,9 @@ __all__ = [
     "warn",
 ]
 
+# Modules whose lines a warning does not point at: this package's, and those of torch that wrap or call a step.
+INTERNAL = (f"{__package__}.", "torch.optim.", "torch.utils._contextlib.", "torch.autograd.")
+
 Checker = Callable[[str, Any], Any]
 """Takes an argument's name and value, returns the value as plain Python or raises."""
 
@@ -123,8 +126,8 @@ def count(name: str, value: Any, *, least: int = 0) -> int:
 
 
 def warn(message: str) -> None:
-    """Warn as of the line, outside this package, that called into it."""
+    """Warn as of the line that called into this package, torch's wrappers around ``step`` not counted."""
     frame, level = sys._getframe(1), 2
-    while frame.f_back is not None and f"{frame.f_globals.get('__name__')}.".startswith(f"{__package__}."):
+    while frame.f_back is not None and f"{frame.f_globals.get('__name__')}.".startswith(INTERNAL):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, UserWarning, stacklevel=level)

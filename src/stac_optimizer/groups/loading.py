@@ -47,15 +47,13 @@ def prepare(
         mapping("state", state_dict["state"]),
         param_groups,
     )
-    _refuse_other_groups(groups, states, param_groups)
+    _refuse_other_groups(groups, param_groups)
     loaded = [
         _checked_group(saved, present, rules[present["rule"]], f"checkpoint group {index}: ")
         for index, (saved, present) in enumerate(zip(groups, param_groups, strict=True))
     ]
     present_params = [present["params"] for present in param_groups]
-    check_parameters(
-        [{**group, "params": params} for group, params in zip(loaded, present_params, strict=True)], rules
-    )
+    check_parameters([{**group, "params": params} for group, params in zip(loaded, present_params, strict=True)], rules)
     ids = [number for group in groups for number in group["params"]]
     named = list(named_parameters(param_groups))
     merged = [group for group in loaded for _ in group["params"]]
@@ -71,12 +69,10 @@ def prepare(
     return loaded, state
 
 
-def _refuse_other_groups(
-    groups: Sequence[Group], states: Mapping[Any, Mapping[str, Any]], param_groups: Sequence[Group]
-) -> None:
+def _refuse_other_groups(groups: Sequence[Group], param_groups: Sequence[Group]) -> None:
     """Refuse another number of groups, and another optimizer's checkpoint, with the way out."""
     is_foreign = "stac_role" in param_groups[0] and not any("stac_role" in group for group in groups)
-    if is_foreign and any("exp_avg_sq" in state for state in states.values()):
+    if is_foreign and groups and all({"betas", "eps"} <= set(group) for group in groups):
         raise ValueError(
             "the checkpoint's parameter groups have no stac_role: it is an AdamW's. Go on from it with "
             "optimizer.load_adamw_state_dict(state_dict, model)"

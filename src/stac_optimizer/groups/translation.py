@@ -80,8 +80,8 @@ def from_adamw(
     params = _in_adamws_order(saved, model)
     if len(numbers) != len(params):
         raise ValueError(
-            f"AdamW's checkpoint has {len(numbers)} parameters, the model {len(params)}; pass (name, parameter) pairs of "
-            "those that AdamW had, in its order"
+            f"AdamW's checkpoint has {len(numbers)} parameters, the model {len(params)}; pass (name, parameter) "
+            "pairs of those that AdamW had, in its order"
         )
     state_of = dict(zip(map(id, params), (state_dict["state"].get(number, {}) for number in numbers), strict=True))
     states = {}

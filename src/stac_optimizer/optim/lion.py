@@ -24,7 +24,7 @@ STATE = (COUNTER, StateTensor(key="exp_avg"))
 
 
 class LionRule(Rule):
-    r"""Algorithm 2 of the paper, in this order:
+    r"""Algorithm 2 of the paper, in this order.
 
     .. math::
         p &\leftarrow p \cdot (1 - \text{lr} \cdot \text{weight\_decay}) \\
@@ -69,9 +69,9 @@ class LionRule(Rule):
     ) -> None:
         (beta1, beta2), averages = group["betas"], state["exp_avg"]
         decay_(params, group)
-        directions = torch._foreach_mul(averages, beta1)
-        torch._foreach_add_(directions, torch._foreach_mul(grads, 1 - beta1))
-        directions = signs(directions)
+        interpolated = torch._foreach_mul(averages, beta1)
+        torch._foreach_add_(interpolated, torch._foreach_mul(grads, 1 - beta1))
+        directions = signs(interpolated)
         if group["cautious"]:
             mask_(directions, grads, sums)
         torch._foreach_mul_(directions, group["lr"])

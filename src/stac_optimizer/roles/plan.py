@@ -70,9 +70,7 @@ def planned(
             members.setdefault(applied[name], []).append((name, param))
         for which, named in members.items():
             names, params = [name for name, _ in named], [param for _, param in named]
-            plans.append(
-                GroupPlan(role=role, params=params, names=names, values=merged(overrides, which), types=types)
-            )
+            plans.append(GroupPlan(role=role, params=params, names=names, values=merged(overrides, which), types=types))
     return plans
 
 

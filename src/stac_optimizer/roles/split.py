@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stac_optimizer.model.layers import Layers, find_layers
 from stac_optimizer.model.partition import split
-from stac_optimizer.model.selectors import Selector
+from stac_optimizer.model.selectors import Selector, untied_embeddings
 from stac_optimizer.roles.overrides import checked_overrides
 from stac_optimizer.roles.plan import GroupPlan, planned, planned_as_given
 from stac_optimizer.rule import Group, Rule
@@ -57,9 +57,13 @@ def plans_of(
     last_n_layers = count("last_n_layers", last_n_layers)
     checked = checked_overrides(overrides)
     if isinstance(model, list) and model and isinstance(model[0], Mapping):
-        chosen = {"cap": (cap, None), "last_n_layers": (last_n_layers, 1), "overrides": (checked, [])}
+        chosen: dict[str, tuple[Any, Any]] = {
+            "cap": (cap, None),
+            "last_n_layers": (last_n_layers, 1),
+            "overrides": (checked, []),
+        }
         for name, (value, default) in chosen.items():
-            if value != default:
+            if value is not default and value != default:
                 raise ValueError(
                     f"{name} chooses layers of a model, got {value!r} beside groups that name their stac_role"
                 )
@@ -79,14 +83,8 @@ def warn_of_embeddings(layers: Layers | None, groups: Sequence[Group], rules: Ma
         if group["stac_role"] == "trunk" and rules[group["rule"]].walks_on(group)
         for name in group["param_names"]
     }
-    tied = {owner for _, _, owner in layers.ties}
-    found = [
-        layer.name
-        for layer, module in zip(layers.layers, layers.modules, strict=True)
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
-        and walking.intersection(layer.parameter_names)
-        and not tied.intersection(layer.parameter_names)
-    ]
+    untied = walking & untied_embeddings(layers)
+    found = [layer.name for layer in layers.layers if untied.intersection(layer.parameter_names)]
     if found:
         what = "the embedding" if len(found) == 1 else "the embeddings"
         warn(

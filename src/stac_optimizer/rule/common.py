@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ def decay_(params: list[Tensor], group: Group) -> None:
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
 
 
-def signs(tensors: list[Tensor]) -> list[Tensor]:
+def signs(tensors: list[Tensor] | tuple[Tensor, ...]) -> list[Tensor]:
     """The sign of every element, NaN where that is NaN or infinite.
 
     Note [Non-finite averages]. torch.sign(nan) is 0, which would freeze a weight for ever without a word. sign(m) + 0 *
@@ -31,7 +33,7 @@ def signs(tensors: list[Tensor]) -> list[Tensor]:
     return result
 
 
-def mask_(directions: list[Tensor], grads: list[Tensor], sums: Sums) -> None:
+def mask_(directions: Sequence[Tensor], grads: Sequence[Tensor], sums: Sums) -> None:
     """Let pass what agrees with the present gradient, divided by the share of that (https://arxiv.org/abs/2411.16085).
 
     By signs, for the product may underflow; the share is a count over a number, so it is exact however a parameter is

@@ -61,7 +61,7 @@ class Update(Protocol):
 class _Part(NamedTuple):
     """A piece of the parameter at this place of the lists."""
 
-    index: int
+    place: int
     piece: Piece
 
 
@@ -120,14 +120,14 @@ def _update_parts(
     weights, *averages = [[tensor.to(dtype) for tensor in tensors] for tensors in stored]
     grads = [_prepared_gradient(part.piece.tensors.grad, dtype, inputs) for part in parts]
     steps = inputs.states["step"]
-    state = {"step": [steps[part.index] for part in parts], **dict(zip(keys, averages, strict=True))}
-    update(weights, grads, state, group, Sums([inputs.params[part.index] for part in parts]))
+    state = {"step": [steps[part.place] for part in parts], **dict(zip(keys, averages, strict=True))}
+    update(weights, grads, state, group, Sums([inputs.params[part.place] for part in parts]))
     for kind, (results, tensors) in enumerate(zip((weights, *averages), stored, strict=True)):
         for part, result, tensor in zip(parts, results, tensors, strict=True):
             if result is tensor:
                 continue
             if seeds and tensor.dtype == torch.bfloat16:
-                unit = Unit([part.piece], (part.index,))
+                unit = Unit([part.piece], (part.place,))
                 rounding.round_into(result, tensor, rounding.noise_of(part.piece, unit, seeds[kind]))
             else:
                 tensor.copy_(result)

@@ -22,7 +22,9 @@ def check_capture(groups: Sequence[Group]) -> None:
     if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
         return
     if torch.cuda.is_current_stream_capturing() and not all(group.get("capturable") for group in groups):
-        raise RuntimeError("a CUDA graph captures this step, but capturable is False; build the optimizer with capturable=True")
+        raise RuntimeError(
+            "a CUDA graph captures this step, but capturable is False; build the optimizer with capturable=True"
+        )
 
 
 def check_scaler(*, is_scaled: bool, votes: bool) -> None:
@@ -84,8 +86,9 @@ def check_finite(groups: Sequence[Group], *, here: bool = False) -> None:
     if found is not None:
         name, role, _ = held[found]
         raise RuntimeError(
-            f"non-finite gradients: that of {name!r} ({role}) holds NaN or infinity. Nothing was changed; skip this batch, lower "
-            "the lr or clip gradients, or (without vote) pass error_if_nonfinite=False to let the weight become NaN"
+            f"non-finite gradients: that of {name!r} ({role}) holds NaN or infinity. Nothing was changed; skip "
+            "this batch, lower the lr or clip gradients, or (without vote) pass error_if_nonfinite=False to let the "
+            "weight become NaN"
         )
 
 

@@ -211,6 +211,6 @@ def _refuse_group(group: Group, rules: Mapping[str, Rule]) -> None:
     ):
         if group.get(flag):
             raise RuntimeError(
-                f"release_gradients does not work with {flag}={group[flag]!r} ({group.get('stac_role', group['rule'])}): {reason}. "
-                f"{way_out}, or {ORDINARY_LOOP}"
+                f"release_gradients does not work with {flag}={group[flag]!r} "
+                f"({group.get('stac_role', group['rule'])}): {reason}. {way_out}, or {ORDINARY_LOOP}"
             )

@@ -27,7 +27,9 @@ class Verdict(NamedTuple):
     have_gradient: Sequence[bool]
 
 
-def check_on_all_ranks(voters: Voters, groups: Sequence[Group], rules: Mapping[str, Rule], *, is_first: bool) -> Verdict:
+def check_on_all_ranks(
+    voters: Voters, groups: Sequence[Group], rules: Mapping[str, Rule], *, is_first: bool
+) -> Verdict:
     """The checks of a step on all ranks; a collective that changes nothing.
 
     Raises:

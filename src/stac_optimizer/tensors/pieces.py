@@ -62,9 +62,7 @@ class Lists(NamedTuple):
         if len(chosen) == len(self.params):
             return self
         params, grads, *states = [[tensors[index] for index in chosen] for tensors in self.flat()]
-        return Lists(
-            params, grads, states, None if self.scales is None else [self.scales[index] for index in chosen]
-        )
+        return Lists(params, grads, states, None if self.scales is None else [self.scales[index] for index in chosen])
 
     def flat(self) -> tuple[list[Tensor], ...]:
         """All lists but that of the scales."""

@@ -45,7 +45,9 @@ def counts(steps: Sequence[Tensor]) -> Tensor:
     return torch.stack([step.to(steps[0].device) for step in steps])
 
 
-def noise_seeds(seed: int, positions: Sequence[int], steps: Tensor, *, kind: int = 0, offsets: Sequence[int] = ()) -> Tensor:
+def noise_seeds(
+    seed: int, positions: Sequence[int], steps: Tensor, *, kind: int = 0, offsets: Sequence[int] = ()
+) -> Tensor:
     """One 32-bit integer for each parameter and step.
 
     Args:
@@ -58,7 +60,9 @@ def noise_seeds(seed: int, positions: Sequence[int], steps: Tensor, *, kind: int
     places = _table([4 * position + kind for position in positions], steps.device)
     noise_seed = _mixed((places * SPREAD).add_(_wrapped(seed)))
     noise_seed = _mixed(noise_seed.add_(steps.to(torch.int32).mul_(SPREAD)))
-    return noise_seed + _table([_wrapped(offset * SPREAD) for offset in offsets], noise_seed.device) if any(offsets) else noise_seed
+    if not any(offsets):
+        return noise_seed
+    return noise_seed + _table([_wrapped(offset * SPREAD) for offset in offsets], noise_seed.device)
 
 
 def _table(values: Sequence[int], device: torch.device) -> Tensor:

@@ -73,9 +73,7 @@ class AdamWRule(Rule):
         weights, grads = local_views(inputs.params), local_views(inputs.grads, inputs.params)
         steps, *averages = [local_views(tensors) for tensors in inputs.states.values()]
         group = inputs.group
-        work = AdamWUpdate(
-            inputs.params, weights, grads, steps, averages, group, inputs.grad_scale, inputs.found_inf
-        )
+        work = AdamWUpdate(inputs.params, weights, grads, steps, averages, group, inputs.grad_scale, inputs.found_inf)
         path = self.path(inputs.params, group)
         if group["stochastic_rounding"]:
             rounding_adamw(work, inputs.positions, list(map(run_offset, inputs.params)))

@@ -33,6 +33,7 @@ __all__ = [
     "wider",
 ]
 
+
 class Coefficients(NamedTuple):
     """What an update multiplies by: floats, or tensors of no dimension.
 

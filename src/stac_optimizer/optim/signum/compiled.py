@@ -206,7 +206,9 @@ def _probe_numbers(variant: Variant) -> Coefficients:
     """Each number a tensor of its own: the kernel would be made for those that are one."""
     dtype = arithmetic_dtype(variant.dtypes[0])
     lr, decay_factor, change_factor, scale = (torch.ones((), dtype=dtype, device=CPU) for _ in range(4))
-    return Coefficients(lr, decay_factor if variant.decays else None, change_factor, scale if variant.is_scaled else None)
+    return Coefficients(
+        lr, decay_factor if variant.decays else None, change_factor, scale if variant.is_scaled else None
+    )
 
 
 class _Bound:
@@ -220,13 +222,17 @@ class _Bound:
         self.compiled = compiled
         dtype = arithmetic_dtype(work.lists.params[0].dtype)
         given: Sequence[Any] = work.coefficients(CPU)
-        self.coefficients = Coefficients._make(None if n is None else torch.as_tensor(n, dtype=dtype, device=CPU) for n in given)
+        self.coefficients = Coefficients._make(
+            None if n is None else torch.as_tensor(n, dtype=dtype, device=CPU) for n in given
+        )
         self.waiting: list[tuple[Run, Callable[[], None]]] = []
         self.scratch = Scratch()
 
     def count_passing(self, piece: Piece, unit: Unit, coefficients: Coefficients, *, maximize: bool) -> Tensor:
         """As :func:`.single.count_passing`."""
-        eager = functools.partial(count_passing, unit=unit, coefficients=coefficients, maximize=maximize, scratch=self.scratch)
+        eager = functools.partial(
+            count_passing, unit=unit, coefficients=coefficients, maximize=maximize, scratch=self.scratch
+        )
         rows, rest = _cut(piece)
         counted: Tensor | None = None if rows is None else _result(self.compiled.count, rows.tensors, self.coefficients)
         if counted is None:

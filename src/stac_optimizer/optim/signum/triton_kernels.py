@@ -226,8 +226,8 @@ def count_kernel(
 
 @triton.jit
 def update_kernel(
-    owners, firsts, numels, weight_row, grad_row, average_row, scale_row, noise_seeds, factors, coefficients, grad_scale,
-    found_inf, weight_dtype: tl.constexpr, grad_dtype: tl.constexpr, average_dtype: tl.constexpr,
+    owners, firsts, numels, weight_row, grad_row, average_row, scale_row, noise_seeds, factors, coefficients,
+    grad_scale, found_inf, weight_dtype: tl.constexpr, grad_dtype: tl.constexpr, average_dtype: tl.constexpr,
     arithmetic: tl.constexpr, maximize: tl.constexpr, decays: tl.constexpr, is_aligned: tl.constexpr,
 ):  # fmt: skip
     """Update one chunk. ``factors`` are the reciprocals of the masks' means, None where the step is not cautious."""

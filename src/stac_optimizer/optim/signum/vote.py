@@ -95,7 +95,9 @@ def _apply(ballot: Ballot, votes: Sequence[_Vote]) -> None:
             dtype = arithmetic_dtype(param.dtype)
             direction = ballot.direction(start, param.numel(), dtype).view(param.shape)
             noise = None if one.noise_seeds is None else rounding.noise_of(piece, unit, one.noise_seeds)
-            move(param, direction.to(param.device), coefficients.lr, coefficients.decay_factor, is_unit=True, noise=noise)
+            move(
+                param, direction.to(param.device), coefficients.lr, coefficients.decay_factor, is_unit=True, noise=noise
+            )
         copy_back(unit.copies)
 
 

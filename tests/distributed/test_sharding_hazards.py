@@ -12,7 +12,8 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor, all
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from stac_optimizer import STAC, _shards
+from stac_optimizer import STAC
+from stac_optimizer.distributed import shards
 from tests.ranks import run_ranks
 from tests.sharded import Gradients, distributed, full, shard_each, shard_in_part
 from tests.support import assert_same_bits, same_bits, set_gradients, small_model, wide_model
@@ -72,11 +73,11 @@ def test_gradient_is_brought_to_where_its_weight_lies(kind: str, arguments: dict
 def _wait_for_plain_results() -> None:
     waiting = all_reduce(torch.ones(3), "sum", _mesh())
     assert isinstance(waiting, AsyncCollectiveTensor)
-    (local,) = _shards.local_views([waiting])
+    (local,) = shards.local_views([waiting])
     assert type(local) is Tensor
     assert_same_bits(local, torch.full((3,), 2.0))
     sharded = DTensor.from_local(all_reduce(torch.ones(3), "sum", _mesh()), _mesh(), [Shard(0)], run_check=False)
-    (local,) = _shards.local_views([sharded])
+    (local,) = shards.local_views([sharded])
     assert type(local) is Tensor
 
 

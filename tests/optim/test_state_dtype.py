@@ -13,8 +13,8 @@ from stac_optimizer import STAC
 from tests import reference
 from tests.rule_cases import CAUTIOUS, DTYPES, RULE_CASES, RuleCase, random_gradients, step_with, zoo
 from tests.support import take_steps
-from tests.test_codes import NEAR_TIE
-from tests.test_rules import STEPS, Held, as_array, assert_equal_under_units, assert_traced_equals_eager
+from tests.tensors.test_codes import NEAR_TIE
+from tests.optim.test_rules import STEPS, Held, as_array, assert_equal_under_units, assert_traced_equals_eager
 
 KINDS = [torch.bfloat16, torch.int8]
 TRUNK_CASES = [

@@ -128,8 +128,8 @@ class Tensors:
         """The same after a step of plain operations."""
         lists = (self.params, self.grads, self.exp_avgs, self.scales)
         results = [
-            plain_step(case, *(tensors[index].cpu() if tensors else torch.empty(0) for tensors in lists), salt=salt)
-            for index, salt in enumerate([0] * len(self.params) if self.salts is None else self.salts.tolist())
+            plain_step(case, *(tensors[index].cpu() if tensors else torch.empty(0) for tensors in lists), noise_seed=noise_seed)
+            for index, noise_seed in enumerate([0] * len(self.params) if self.salts is None else self.salts.tolist())
         ]
         present = (True, case.has_momentum, case.is_coded)
         return [[alike(result[i]) for result in results] if present[i] else [] for i in range(3)]
@@ -184,10 +184,10 @@ def encode(average: Tensor) -> tuple[Tensor, Tensor]:
     return torch.copysign(r, m.where(~m.isnan(), 0)).trunc().to(torch.int8).flatten(), s
 
 
-def round_stochastically(weight: Tensor, salt: int) -> Tensor:
+def round_stochastically(weight: Tensor, noise_seed: int) -> Tensor:
     """In int64, whose low 32 bits are those of uint32."""
     low = 0xFFFFFFFF
-    h = (torch.arange(weight.numel()) * 0x9E3779B1 + salt) & low
+    h = (torch.arange(weight.numel()) * 0x9E3779B1 + noise_seed) & low
     h = ((h ^ (h >> 16)) * 0x85EBCA6B) & low
     h = ((h ^ (h >> 13)) * 0xC2B2AE35) & low
     bits = ((weight.view(torch.int32).long() & low) + (h >> 16)) & 0xFFFF0000
@@ -195,7 +195,7 @@ def round_stochastically(weight: Tensor, salt: int) -> Tensor:
     return rounded.where(~weight.isnan(), torch.nan).to(torch.bfloat16)
 
 
-def plain_step(case: Case, param: Tensor, grad: Tensor, exp_avg: Tensor, scale: Tensor, *, salt: int) -> list[Tensor]:
+def plain_step(case: Case, param: Tensor, grad: Tensor, exp_avg: Tensor, scale: Tensor, *, noise_seed: int) -> list[Tensor]:
     """The new weight, average and scale. Every operation is one of torch's, rounded once."""
     arithmetic = torch.float64 if param.dtype == torch.float64 else torch.float32
     g = grad.to(arithmetic)
@@ -216,7 +216,7 @@ def plain_step(case: Case, param: Tensor, grad: Tensor, exp_avg: Tensor, scale: 
         mean = mask.count_nonzero().to(arithmetic) / torch.tensor(mask.numel(), dtype=arithmetic)
         direction = direction * mask.to(arithmetic) / mean.clamp(min=case.cautious_floor)
     w = w - direction * torch.tensor(case.lr, dtype=arithmetic)
-    return [round_stochastically(w, salt) if case.is_stochastic else w.to(param.dtype), exp_avg, scale]
+    return [round_stochastically(w, noise_seed) if case.is_stochastic else w.to(param.dtype), exp_avg, scale]
 
 
 @pytest.mark.parametrize(

@@ -8,17 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stac_optimizer import _bits
+from stac_optimizer.distributed import packed_signs
 
 SPECIAL = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-45, -1e-45, 3.4e38])
 
 
 def voted(values: Tensor, planes: int) -> Tensor:
     """The majority of rows of numbers, by way of bits."""
-    votes = torch.zeros(len(values), planes, _bits.words_for(values.shape[1]), dtype=torch.int64)
+    votes = torch.zeros(len(values), planes, packed_signs.words_for(values.shape[1]), dtype=torch.int64)
     for row, vote in zip(values, votes, strict=True):
-        _bits.pack_(row, vote)
-    return _bits.unpack(_bits.majority(votes), values.shape[1], values.dtype)
+        packed_signs.pack_(row, vote)
+    return packed_signs.unpack(packed_signs.majority(votes), values.shape[1], values.dtype)
 
 
 @given(
@@ -56,8 +56,8 @@ def test_special_values_have_their_signs_and_nan_abstains() -> None:
 
 @pytest.mark.parametrize("numel", [1, 63, 64, 65, 1000])
 def test_bits_beyond_the_last_element_stay_out_of_what_follows(numel: int) -> None:
-    words = _bits.words_for(numel)
+    words = packed_signs.words_for(numel)
     planes = torch.zeros(2, words + 1, dtype=torch.int64)
-    _bits.pack_(-torch.ones(numel), planes[:, :words])
+    packed_signs.pack_(-torch.ones(numel), planes[:, :words])
     assert planes[:, -1].tolist() == [0, 0]
-    assert torch.equal(_bits.unpack(planes[:, :words], numel, torch.float32), -torch.ones(numel))
+    assert torch.equal(packed_signs.unpack(planes[:, :words], numel, torch.float32), -torch.ones(numel))

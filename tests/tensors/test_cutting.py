@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stac_optimizer import _units
+from stac_optimizer.tensors import cutting
 from tests.support import assert_same_bits, set_units
 
 

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from stac_optimizer import STAC, embeddings, last_layers, norms, partition_trainable_layers
-from stac_optimizer._validation import non_negative
+from stac_optimizer.validation import non_negative
 from stac_optimizer.rules import RULES, Group, Hyperparameter, Rule, StateTensor, StepInputs, hyperparameters
 from tests.support import assert_same_bits, small_model, take_steps, through_file
-from tests.test_partition import Net, compiled, described, frozen, parameter
-from tests.test_selectors import TokenEmbedding
+from tests.model.models import Net, compiled, described, frozen, parameter
+from tests.model.models import TokenEmbedding
 
 NAMES = ["0.weight", "0.bias", "1.weight", "1.bias", "3.weight", "3.bias"]
 STRUCTURE = ["params", "param_names", "stac_role", "rule", "layer_names", "layer_types"]

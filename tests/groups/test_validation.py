@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from stac_optimizer import STAC, _validation, partition_trainable_layers
-from stac_optimizer._validation import (
+from stac_optimizer.validation import (
     Checker,
     boolean,
     count,
@@ -35,7 +35,7 @@ from stac_optimizer._validation import (
 )
 from stac_optimizer.rules import hyperparameters
 from tests.support import small_model
-from tests.test_groups import group_of
+from tests.roles.support import group_of
 
 FINITE = "a finite number in [0, inf)"
 FRACTION = "a number in [0, 1)"

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from stac_optimizer import STAC
-from stac_optimizer._shards import local_views
+from stac_optimizer.distributed.shards import local_views
 from tests.ranks import run_ranks
 from tests.support import assert_same_bits, small_model
 

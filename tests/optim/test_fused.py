@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from stac_optimizer import STAC, _units
+from stac_optimizer import STAC
+from stac_optimizer.tensors import cutting
 from stac_optimizer.rules import _sign_momentum_compiled
 from tests.support import assert_same_bits, set_units
 
@@ -59,7 +60,7 @@ VARIANTS: dict[str, tuple[torch.dtype, dict[str, Any], int]] = {
 def _small_units(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What counts as large is small here; and what other tests warned of may be warned of anew."""
     set_units(monkeypatch, block=1000, pack=PACK)
-    monkeypatch.setattr(_units, "LARGE_NUMEL", 2048)  # what is in codes is cut there for compiled kernels, too
+    monkeypatch.setattr(cutting, "LARGE_NUMEL", 2048)  # what is in codes is cut there for compiled kernels, too
     _sign_momentum_compiled._warn_once.cache_clear()
     yield
     _sign_momentum_compiled._warn_once.cache_clear()
@@ -332,11 +333,11 @@ def test_machine_that_cannot_compile_falls_back_with_one_warning(
     """In a process of its own, which finds nothing compiled before."""
     script = """
         import torch
-        from stac_optimizer import _units
-        from tests.test_fused import PACK, assert_falls_back
+        from stac_optimizer.tensors import cutting
+        from tests.optim.test_fused import PACK, assert_falls_back
         torch.set_num_threads(1)
-        _units.BLOCK_NUMEL = _units.CODED_NUMEL = 1000
-        _units.PACK_NUMEL = PACK
+        cutting.BLOCK_NUMEL = cutting.CODED_NUMEL = 1000
+        cutting.PACK_NUMEL = PACK
         print(assert_falls_back((torch.float32, torch.bfloat16)))
     """
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}

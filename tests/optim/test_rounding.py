@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stac_optimizer import STAC, _rounding
+from stac_optimizer import STAC
+from stac_optimizer.tensors import rounding
 from tests.rule_cases import random_gradients, step_with, zoo
 from tests.runs import Run, assert_equal_runs, stepped, through_file_into
 from tests.support import assert_same_bits, parameter_state, same_bits, set_units, take_steps
-from tests.test_rules import UNITS, Held, assert_equal_under_units, assert_traced_equals_eager
+from tests.optim.test_rules import UNITS, Held, assert_equal_under_units, assert_traced_equals_eager
 
 RANGE = 2**16
 Pair = Callable[[int], tuple[Tensor, Tensor]]
@@ -35,13 +36,13 @@ each_kind = pytest.mark.parametrize("kind", ROLES)
 
 def noise(numel: int, *, seed: int = 0, position: int = 0, step: int = 1, kind: int = 0) -> Tensor:
     """The noise of one parameter in one step."""
-    salt = _rounding.salts(seed, [position], torch.tensor([float(step)]), kind=kind)
-    return _rounding.noise_of_run(torch.empty(numel), salt[0])
+    noise_seed = rounding.noise_seeds(seed, [position], torch.tensor([float(step)]), kind=kind)
+    return rounding.noise_of_run(torch.empty(numel), noise_seed[0])
 
 
 def rounded(values: Tensor, noise: Tensor) -> Tensor:
     param = torch.zeros(values.shape, dtype=torch.bfloat16)
-    _rounding.round_into(values, param, noise)
+    rounding.round_into(values, param, noise)
     return param
 
 

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from stac_optimizer import STAC, named
-from stac_optimizer._agreement import check_agreement, scope_of
+from stac_optimizer.distributed.agreement import check_agreement, scope_of
 from tests.ranks import run_ranks
 from tests.support import small_model
 

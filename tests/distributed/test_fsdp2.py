@@ -14,7 +14,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Placement, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
-from stac_optimizer import STAC, _units
+from stac_optimizer import STAC
+from stac_optimizer.tensors import cutting
 from tests.ranks import run_ranks
 from tests.sharded import Gradients, assert_shards_step_as_whole, distributed, full, shard_each, shard_in_part
 from tests.support import assert_same_bits, wide_model
@@ -131,7 +132,7 @@ def _step_by_compiled_kernels() -> None:
     """The update of shards without kernels, and with them where there are more than 4 elements."""
     ends = []
     for pack, fused in ((1 << 40, False), (4, True)):
-        _units.PACK_NUMEL = pack
+        cutting.PACK_NUMEL = pack
         model = wide_model(0, torch.bfloat16)
         shard_each(model)
         optimizer = STAC(model, lr=1e-2, last_n_layers=0, stochastic_rounding=True, fused=fused)

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from stac_optimizer import STAC
 from tests.runs import Run, assert_equal_runs, process_group, stepped, through_file_into
 from tests.support import assert_same_bits, parameter_state, take_steps, through_file, wide_model
-from tests.test_state_dtype import KINDS, each_kind
+from tests.optim.test_state_dtype import KINDS, each_kind
 
 
 def _wide(steps: int, kind: torch.dtype | None, **arguments: Any) -> Run:
