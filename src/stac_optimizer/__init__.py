@@ -6,7 +6,18 @@ from stac_optimizer import optim
 from stac_optimizer.distributed.vote import MajorityVote
 from stac_optimizer.model.layers import STACLayer
 from stac_optimizer.model.partition import STACPartition, partition_trainable_layers
-from stac_optimizer.model.selectors import embeddings, last_layers, named, norms, of_type, where
+from stac_optimizer.model.selectors import (
+    biases,
+    embeddings,
+    last_layers,
+    named,
+    norms,
+    of_type,
+    parameters_where,
+    vectors,
+    where,
+)
+from stac_optimizer.roles.layerwise import layerwise_lr_decay
 from stac_optimizer.stac import STAC
 
 __all__ = [
@@ -15,13 +26,17 @@ __all__ = [
     "STACLayer",
     "STACPartition",
     "__version__",
+    "biases",
     "embeddings",
     "last_layers",
+    "layerwise_lr_decay",
     "named",
     "norms",
     "of_type",
     "optim",
+    "parameters_where",
     "partition_trainable_layers",
+    "vectors",
     "where",
 ]
 

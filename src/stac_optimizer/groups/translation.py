@@ -20,6 +20,9 @@ ROLE_KEYS = {"trunk": {"trunk_momentum": "momentum"}, "cap": {}}
 OF_THE_OTHER_ROLE = {"trunk": frozenset({"eps", "amsgrad"}), "cap": frozenset({"trunk_momentum"})}
 OLD_AVERAGE = "trunk_momentum_buffer"
 
+ROLES_OF_0_3_0 = {"sign": "trunk", "adamw": "cap"}
+KEPT_OF_0_3_0 = ("lr", "betas", "maximize", "error_if_nonfinite", "foreach")
+
 Groups = list[dict[str, Any]]
 States = dict[Any, dict[str, Any]]
 
@@ -32,6 +35,8 @@ def translated(
     new_states = {number: dict(mapping(f"state of parameter {number!r}", state)) for number, state in states.items()}
     if any(OLD_AVERAGE in state for state in new_states.values()) or any("trunk_lr" in group for group in groups):
         return _from_0_1_2(new_groups, new_states)
+    if any(group.get("stac_role") in ROLES_OF_0_3_0 for group in groups):
+        return _from_0_3_0(new_groups, present), new_states
     return new_groups, new_states
 
 
@@ -49,6 +54,46 @@ def _from_0_1_2(groups: Groups, states: States) -> tuple[Groups, States]:
             state["exp_avg"] = state.pop(OLD_AVERAGE)
             state.setdefault("step", max(counted, default=1))
     return translated_groups, states
+
+
+def _from_0_3_0(saved: Groups, present: Sequence[Group]) -> Groups:
+    """The groups of 0.3.0, dealt out by name into the present ones.
+
+    Its trunk took the sign of the bare gradient, which momentum 0 goes on with. A mask said which parameters decay.
+    """
+    held: dict[str, tuple[Any, bool, dict[str, Any]]] = {}
+    for group in saved:
+        for name, number, decays in zip(group["param_names"], group["params"], group["decay_param_mask"], strict=True):
+            held[unwrapped(name)] = (number, bool(decays), group)
+    result = []
+    for index, group in enumerate(present):
+        names = list(group.get("param_names", ()))
+        unknown = [name for name in names if name not in held]
+        if unknown or not names:
+            raise ValueError(f"group {index}: the checkpoint of 0.3.0 lacks {unknown[0] if unknown else 'names'!r}")
+        members = [held.pop(name) for name in names]
+        first = members[0][2]
+        for name, (_, decays, old) in zip(names, members, strict=True):
+            if old is not first:
+                raise ValueError(
+                    f"{name!r} is of the role {ROLES_OF_0_3_0[old['stac_role']]!r} in the checkpoint, and in another "
+                    f"than {names[0]!r}; give last_n_layers={old['resolved_last_n_modules']}"
+                )
+            if decays != members[0][1] and first["weight_decay"]:
+                raise ValueError(
+                    f"weight decay is off for {name!r} or {names[0]!r} alone in the checkpoint of 0.3.0; build STAC with "
+                    "overrides=[(vectors() | biases(), {'weight_decay': 0.0})]"
+                )
+        role = ROLES_OF_0_3_0[first["stac_role"]]
+        own = {"momentum": 0.0} if role == "trunk" else {key: first[key] for key in ("eps", "amsgrad")}
+        decay = first["weight_decay"] if members[0][1] else 0.0
+        structure = {key: group[key] for key in ("rule", "layer_names", "param_names")}
+        kept = {key: first[key] for key in KEPT_OF_0_3_0}
+        numbers = [number for number, _, _ in members]
+        result.append({**structure, **kept, **own, "stac_role": role, "weight_decay": decay, "params": numbers})
+    if held:
+        raise ValueError(f"{next(iter(held))!r} is in the checkpoint of 0.3.0 and not in this optimizer")
+    return result
 
 
 def from_adamw(

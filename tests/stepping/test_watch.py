@@ -1,0 +1,196 @@
+"""What a step warns of once: one learning rate for all groups, a role that is idle, no gradient at all."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+from stac_optimizer import STAC, named
+from stac_optimizer.stepping import watch
+from tests.support import set_gradients, small_model, take_steps
+
+ERASED = "all groups have the learning rate"
+
+
+def rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def messages_of(run: Callable[[], object]) -> list[str]:
+    """The warnings that a run gives."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run()
+    return [str(warning.message) for warning in caught]
+
+
+def with_schedule(make: Callable[[STAC], Any], steps: int = 6, **arguments: Any) -> tuple[STAC, Callable[[], None]]:
+    model = small_model()
+    optimizer = STAC(model, **{"lr": 0.1, **arguments})
+    schedule = make(optimizer)
+
+    def run() -> None:
+        for seed in range(steps):
+            set_gradients(model, seed)
+            optimizer.step()
+            schedule.step(1.0) if isinstance(schedule, lr_scheduler.ReduceLROnPlateau) else schedule.step()
+
+    return optimizer, run
+
+
+KEEP_RATIO: dict[str, Callable[[STAC], Any]] = {
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda step: 0.9),
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 2, gamma=0.5),
+    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [2, 4], gamma=0.5),
+    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, factor=0.5, total_iters=3),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o, start_factor=0.1, total_iters=4),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, gamma=0.8),
+    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, total_iters=20, power=2.0),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=20),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=4),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0, factor=0.5),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, 0.1, total_iters=3), lr_scheduler.ExponentialLR(o, 0.5)], milestones=[3]
+    ),
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(o, 0.5, total_iters=2), lr_scheduler.ExponentialLR(o, 0.9)]
+    ),
+    # A list, one value a group.
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, max_lr=rates(o), total_steps=20),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(
+        o, base_lr=[rate / 10 for rate in rates(o)], max_lr=rates(o), step_size_up=3
+    ),
+    "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, swa_lr=[rate / 2 for rate in rates(o)], anneal_epochs=4),
+}
+
+
+@pytest.mark.parametrize("name", KEEP_RATIO)
+def test_scheduler_keeps_the_ratio_of_the_roles(name: str) -> None:
+    optimizer, run = with_schedule(KEEP_RATIO[name], steps=5)
+    before = rates(optimizer)
+    assert messages_of(run) == []
+    after = rates(optimizer)
+    assert after[0] / after[1] == pytest.approx(0.75)
+    assert after != before
+
+
+ERASE_RATIO: dict[str, Callable[[STAC], Any]] = {
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=20),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, base_lr=0.01, max_lr=0.1, step_size_up=3),
+    "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, swa_lr=0.01, anneal_epochs=2, anneal_strategy="linear"),
+    "LambdaLR of a state that was AdamW's": lambda o: _of_adamw(o),
+}
+
+
+def _of_adamw(optimizer: STAC) -> Any:
+    """A schedule with the state of one over a single group, brought to two by hand."""
+    schedule = lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    schedule.load_state_dict({**schedule.state_dict(), "base_lrs": [0.1, 0.1]})
+    return schedule
+
+
+@pytest.mark.parametrize("name", [name for name in ERASE_RATIO if name != "SWALR"])
+def test_one_lr_for_all_groups_warns_once_with_the_cure(name: str) -> None:
+    _, run = with_schedule(ERASE_RATIO[name], steps=8)
+    found = messages_of(run)
+    assert len(found) == 1
+    assert ERASED in found[0]
+    assert "max_lr=[group['lr'] for group in optimizer.param_groups]" in found[0]
+    assert "trunk_lr=" in found[0]
+
+
+def test_common_floor_is_no_erased_ratio() -> None:
+    optimizer, run = with_schedule(ERASE_RATIO["SWALR"], steps=8)
+    assert messages_of(run) == []
+    assert len(set(rates(optimizer))) == 1
+    _, run = with_schedule(lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=3, eta_min=1e-3), steps=4)
+    assert messages_of(run) == []
+
+
+def test_loop_over_groups_warns_once() -> None:
+    model = small_model()
+    optimizer = STAC(model, lr=0.1)
+
+    def run() -> None:
+        for step in range(1, 6):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1 / step
+            take_steps(model, optimizer, [step])
+
+    assert [ERASED in message for message in messages_of(run)] == [True]
+
+
+def test_erased_overrides_warn_too() -> None:
+    model = small_model()
+    optimizer = STAC(model, trunk_lr=0.1, cap_lr=0.1, overrides=[(named("0"), {"lr_ratio": 0.5})])
+
+    def run() -> None:
+        for step in range(1, 4):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1 / step
+            take_steps(model, optimizer, [step])
+
+    assert len(messages_of(run)) == 1
+
+
+@pytest.mark.parametrize("arguments", [{"trunk_lr": 0.1}, {"last_n_layers": 0}], ids=["equal", "one role"])
+def test_rates_that_were_one_at_construction_warn_never(arguments: dict[str, Any]) -> None:
+    _, run = with_schedule(ERASE_RATIO["OneCycleLR"], **arguments)
+    assert messages_of(run) == []
+
+
+def test_warm_up_from_zero_is_no_erased_ratio() -> None:
+    _, run = with_schedule(lambda o: lr_scheduler.LambdaLR(o, lambda step: min(step, 3) / 3))
+    assert messages_of(run) == []
+
+
+def test_idle_role_warns_once_and_names_its_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "IDLE_ROLE_STEPS", 4)
+    model = small_model()
+    optimizer = STAC(model)
+
+    def run() -> None:
+        for seed in range(8):
+            set_gradients(model, seed, skip=("3.weight", "3.bias"))
+            optimizer.step()
+
+    found = messages_of(run)
+    assert len(found) == 1
+    assert "the cap ('3') has had no gradient for 4 steps while the other role had" in found[0]
+
+
+def test_role_that_is_idle_for_a_while_does_not_warn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "IDLE_ROLE_STEPS", 4)
+    model = small_model()
+    optimizer = STAC(model)
+
+    def run() -> None:
+        for seed in range(12):
+            set_gradients(model, seed, skip=() if seed % 4 == 3 else ("3.weight", "3.bias"))
+            optimizer.step()
+
+    assert messages_of(run) == []
+
+
+def test_idle_steps_are_hundreds_and_fewer_than_a_thousand() -> None:
+    assert 100 <= watch.IDLE_ROLE_STEPS <= 1000
+
+
+def test_steps_without_any_gradient_warn_once_and_never_raise() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizer = STAC(model)
+
+    def run() -> None:
+        for _ in range(10):
+            optimizer.step()
+
+    found = messages_of(run)
+    assert len(found) == 1
+    assert "has had a gradient in 3 steps" in found[0]
