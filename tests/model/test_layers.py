@@ -53,7 +53,7 @@ def old_weight_norm() -> nn.Module:
 
 
 NORMED = "parametrizations.weight.original0 parametrizations.weight.original1"
-SCALED = "bias parametrizations.weight.original parametrizations.weight.0.scale parametrizations.weight.0.inner.weight"
+SCALED = "parametrizations.{0}.original parametrizations.{0}.0.scale parametrizations.{0}.0.inner.weight"
 # A model, its layers as "layer: parameters" in order, and the layers' types.
 MODELS: dict[str, tuple[Callable[[], nn.Module], list[str], str]] = {
     "sequential": (small_model, ["0: weight bias", "1: weight bias", "3: weight bias"], "Linear LayerNorm Linear"),

@@ -60,16 +60,16 @@ def test_table_shows_each_part_of_a_layer_and_counts_the_layer_once() -> None:
     assert (
         str(partition)
         == """\
-layer  type       role   parameters   share  state bytes  AdamW bytes
----------------------------------------------------------------------
-0      Linear     trunk          30   47.6%           30          244
-0      Linear     cap             5    7.9%            5           44
-1      LayerNorm  cap            10   15.9%           10           88
-3      Linear     cap            18   28.6%           18          152
----------------------------------------------------------------------
-1 layer           trunk          30   47.6%           30          244
-3 layers          cap            33   52.4%           33          284
-3 layers          all            63  100.0%           63          528"""
+layer     type       role   parameters   share  state bytes  AdamW bytes
+------------------------------------------------------------------------
+0         Linear     trunk          30   47.6%           30          244
+0         Linear     cap             5    7.9%            5           44
+1         LayerNorm  cap            10   15.9%           10           88
+3         Linear     cap            18   28.6%           18          152
+------------------------------------------------------------------------
+1 layer              trunk          30   47.6%           30          244
+3 layers             cap            33   52.4%           33          284
+3 layers             all            63  100.0%           63          528"""
     )
 
 
@@ -107,8 +107,8 @@ layer     type       role   parameters   share  state bytes  AdamW bytes        
 
 def test_table_of_amsgrad_compares_with_three_averages() -> None:
     partition = partition_trainable_layers(nn.Linear(10, 10))
-    assert str(partition).splitlines()[-1].endswith(f" {2 * 4 * 110 + 8}")
-    assert str(replace(partition, amsgrad=True)).splitlines()[-1].endswith(f" {3 * 4 * 110 + 8}")
+    assert str(partition).splitlines()[-1].endswith(f" {2 * 4 * 110 + 8:,}")
+    assert str(replace(partition, amsgrad=True)).splitlines()[-1].endswith(f" {3 * 4 * 110 + 8:,}")
 
 
 def is_matrix(param: Tensor) -> bool:

@@ -75,7 +75,7 @@ class Rule(ABC):
             group: the hyper-parameters.
             sums: over whole parameters, for rules that need more than elements.
         """
-        raise NotImplementedError(f"{type(self).__name__} has neither update nor a step of its own")
+        raise TypeError(f"{type(self).__name__} has neither update nor a step of its own")
 
     def step(self, inputs: StepInputs) -> None:
         """Update parameters in place. Rules with paths of their own replace it, and prepare by themselves.
