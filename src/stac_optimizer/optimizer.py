@@ -67,7 +67,8 @@ class RuleOptimizer(Optimizer):
     def _build(self, groups: list[dict[str, Any]], defaults: dict[str, Any], rules: Mapping[str, Rule]) -> None:
         """Become an optimizer of groups that are complete and checked."""
         self._rules = rules
-        self._declared: dict[Tensor, _Declared] = {}
+        # By the position of a group's first parameter.
+        self._declared: dict[int, tuple[object, list[_Declared | None]]] = {}
         self._is_building = True
         super().__init__(groups, defaults)
         self._is_building = False
@@ -256,11 +257,17 @@ class RuleOptimizer(Optimizer):
             self._init_group(group, start, positions, kinds, params, grads, *states)
             start += len(group["params"])
             for kind in sorted(set(kinds)):
-                chosen = [index for index, other in enumerate(kinds) if other == kind]
                 held = _states_of_kind(keys, states, kinds, kind)
-                some = [[tensors[index] for index in chosen] for tensors in (params, grads)]
-                places = [positions[index] for index in chosen]
-                gathered.append(StepInputs(group, some[0], some[1], held, grad_scale, places, found_inf, self._voters))
+                of_kind = (params, grads, positions)
+                if len(held["step"]) < len(params):
+                    chosen = [index for index, other in enumerate(kinds) if other == kind]
+                    of_kind = (
+                        [params[index] for index in chosen],
+                        [grads[index] for index in chosen],
+                        [positions[index] for index in chosen],
+                    )
+                some, their_grads, places = of_kind
+                gathered.append(StepInputs(group, some, their_grads, held, grad_scale, places, found_inf, self._voters))
         return gathered
 
     def _init_group(
@@ -279,7 +286,11 @@ class RuleOptimizer(Optimizer):
         """
         rule = self._rules[group["rule"]]
         told = *(group[name] for name in rule.hyperparameters), group["capturable"], group["fused"]
-        for position, param in enumerate(group["params"], start):
+        remembered = self._declared.get(start)
+        if remembered is None or remembered[0] != told or len(remembered[1]) != len(group["params"]):
+            remembered = self._declared[start] = (told, [None] * len(group["params"]))
+        declared = remembered[1]
+        for index, param in enumerate(group["params"]):
             grad = param.grad
             state = self.state[param]
             if grad is None:
@@ -287,15 +298,16 @@ class RuleOptimizer(Optimizer):
                 if COUNTER.key not in state:
                     state[COUNTER.key] = COUNTER.create(param, group)
                 continue
-            declared = self._declared.get(param)
-            if declared is None or declared.told != told:
-                declared = self._declared[param] = _declared(rule, param, group, told)
-            for place, tensor in declared.tensors:
-                if tensor.key not in state:
-                    state[tensor.key] = tensor.create(param, group)
-                states[place].append(state[tensor.key])
-            positions.append(position)
-            kinds.append(declared.kind)
+            known = declared[index]
+            if known is None or known.param is not param:
+                known = declared[index] = _declared(rule, param, group)
+            for place, key in known.keys:
+                if key not in state:
+                    tensor = next(tensor for tensor in rule.state(param, group) if tensor.key == key)
+                    state[key] = tensor.create(param, group)
+                states[place].append(state[key])
+            positions.append(start + index)
+            kinds.append(known.kind)
             params.append(param)
             grads.append(grad)
 
@@ -364,28 +376,31 @@ class _Declared(NamedTuple):
     """What a rule declared of a parameter's state, remembered for as long as its group says the same.
 
     Args:
-        told: what the group said.
-        kind: which of the rule's keys there are, as bits.
-        tensors: those, each with its place among the keys.
+        param: the parameter.
+        kind: which of the rule's keys its state has, as bits.
+        keys: those, each after its place among the rule's.
     """
 
-    told: object
+    param: Tensor
     kind: int
-    tensors: Sequence[tuple[int, StateTensor]]
+    keys: Sequence[tuple[int, str]]
 
 
-def _declared(rule: Rule, param: Tensor, group: Group, told: object) -> _Declared:
-    tensors = [(rule.state_keys.index(tensor.key), tensor) for tensor in rule.state(param, group)]
-    return _Declared(told, sum(1 << place for place, _ in tensors), tensors)
+def _declared(rule: Rule, param: Tensor, group: Group) -> _Declared:
+    keys = [(rule.state_keys.index(tensor.key), tensor.key) for tensor in rule.state(param, group)]
+    return _Declared(param, sum(1 << place for place, _ in keys), keys)
 
 
 def _states_of_kind(
     keys: Sequence[str], states: Sequence[list[Tensor]], kinds: Sequence[int], kind: int
 ) -> dict[str, list[Tensor]]:
     """By key the state of the parameters of one kind."""
+    is_only = len(set(kinds)) == 1
     result = {}
     for place, (key, tensors) in enumerate(zip(keys, states, strict=True)):
         if kind >> place & 1:
-            holders = [other for other in kinds if other >> place & 1]
-            result[key] = [tensor for tensor, other in zip(tensors, holders, strict=True) if other == kind]
+            holders = [] if is_only else [other for other in kinds if other >> place & 1]
+            result[key] = (
+                tensors if is_only else [t for t, other in zip(tensors, holders, strict=True) if other == kind]
+            )
     return result

@@ -24,11 +24,11 @@ from stac_optimizer.roles.arguments import (
     rule_arguments,
     warn_of_empty_role,
 )
+from stac_optimizer.roles.from_groups import partition_of
 from stac_optimizer.roles.guests import Guest
 from stac_optimizer.roles.overrides import Overrides
 from stac_optimizer.roles.plan import ROLES, GroupPlan, planned_as_given
 from stac_optimizer.roles.split import as_given, plans_of, warn_of_embeddings
-from stac_optimizer.roles.table import partition_of
 from stac_optimizer.roles.updater import OptimizerFunction, Updater
 from stac_optimizer.rule import Group
 from stac_optimizer.stepping.watch import IdleRoles, OneLr
@@ -238,7 +238,7 @@ class STAC(RuleOptimizer):
             ),
         }
         model = as_given(model)
-        plans, layers = plans_of(
+        plans, layers, self._moved = plans_of(
             model,
             overrides,
             last_n_layers=last_n_layers,
@@ -290,7 +290,7 @@ class STAC(RuleOptimizer):
     @property
     def partition(self) -> STACPartition:
         """The layers of trunk and cap, with the bytes of their state; ``print`` shows them as a table."""
-        return partition_of(self.param_groups, self._rules, self._state_bytes)
+        return partition_of(self.param_groups, self._state_bytes, self._moved)
 
     def state_bytes(self) -> int:
         """Bytes of the state once every parameter has stepped, and meanwhile what those that have not will hold.
@@ -458,7 +458,7 @@ class STAC(RuleOptimizer):
         return load
 
     def __getstate__(self) -> dict[str, Any]:
-        held = {**super().__getstate__(), "_new_values": self._new_values}
+        held = {**super().__getstate__(), "_new_values": self._new_values, "_moved": self._moved}
         return {**held, "_guests": self._guests} if self._guests else held
 
     def __setstate__(self, state: dict[str, Any]) -> None:

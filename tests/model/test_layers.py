@@ -30,7 +30,8 @@ class Scale(nn.Module):
         self.inner = nn.Linear(2, 2, bias=False)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return self.scale * self.inner(weight)
+        out: Tensor = self.scale * self.inner(weight)
+        return out
 
 
 def scaled(module: nn.Module, name: str = "weight") -> nn.Module:

@@ -44,10 +44,11 @@ from tests.support import small_model
 
 def parts(partition: STACPartition) -> tuple[list[str], list[str]]:
     """The parameters of each role, by name."""
-    return tuple(
+    trunk, cap = (
         [name for layer in layers for name in layer.parameter_names]
         for layers in (partition.trunk_layers, partition.cap_layers)
     )
+    return trunk, cap
 
 
 def test_same_model_twice_gives_same_split() -> None:
@@ -57,7 +58,8 @@ def test_same_model_twice_gives_same_split() -> None:
 
 def test_named_parameters_split_as_the_model() -> None:
     model = nn.Sequential(nn.MultiheadAttention(4, 2), weight_norm(nn.Linear(4, 4)), tied_model(bias=True))
-    for arguments in (*({"last_n_layers": n} for n in range(9)), {"cap": vectors()}, {"cap": named("1") - biases()}):
+    by_number: list[dict[str, Any]] = [{"last_n_layers": number} for number in range(9)]
+    for arguments in (*by_number, {"cap": vectors()}, {"cap": named("1") - biases()}):
         by_module = partition_trainable_layers(model, **arguments)
         by_name = partition_trainable_layers(model.named_parameters(), **arguments)
         assert described(by_name) == described(by_module, with_type=False)

@@ -26,7 +26,7 @@ MANY = 100
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Selector:
-    """A choice of parameters. Made by the functions of this module, combined with ``|``, ``&`` and ``-``.
+    """A choice of parameters. Made by the functions of selectors.py, combined with ``|``, ``&`` and ``-``.
 
     Args:
         description: how the selector was written.

@@ -43,8 +43,8 @@ def plans_of(
     cap: Selector | None,
     include_frozen: bool,
     trunk_takes: Callable[[Tensor], bool],
-) -> tuple[list[GroupPlan], Layers | None]:
-    """The groups that STAC's arguments ask for, and the layers, where there are any.
+) -> tuple[list[GroupPlan], Layers | None, tuple[str, ...]]:
+    """The groups that STAC's arguments ask for, the layers, where there are any, and what went to the cap by itself.
 
     Args:
         model: what :func:`as_given` returned.
@@ -67,10 +67,10 @@ def plans_of(
                 raise ValueError(
                     f"{name} chooses layers of a model, got {value!r} beside groups that name their stac_role"
                 )
-        return planned_as_given(model), None
+        return planned_as_given(model), None, ()
     layers = find_layers(model, include_frozen=include_frozen)
     partition = split(layers, last_n_layers=last_n_layers, cap=cap, trunk_takes=trunk_takes)
-    return planned(layers, partition, checked), layers
+    return planned(layers, partition, checked), layers, partition.moved
 
 
 def warn_of_embeddings(layers: Layers | None, groups: Sequence[Group], rules: Mapping[str, Rule]) -> None:

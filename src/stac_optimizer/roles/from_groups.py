@@ -10,20 +10,20 @@ from torch import Tensor
 from stac_optimizer.model.layers import STACLayer
 from stac_optimizer.model.names import layer_of, named_parameters
 from stac_optimizer.model.partition import STACPartition
-from stac_optimizer.rule import Group, Rule
+from stac_optimizer.rule import Group
 
 __all__ = ["partition_of"]
 
 
 def partition_of(
-    groups: Sequence[Group], rules: Mapping[str, Rule], state_bytes: Callable[[Tensor, Group], int]
+    groups: Sequence[Group], state_bytes: Callable[[Tensor, Group], int], moved: tuple[str, ...]
 ) -> STACPartition:
     """The partition that groups hold.
 
     Args:
         groups: the optimizer's.
-        rules: by the name that groups hold.
         state_bytes: of a parameter of a group, once it has stepped.
+        moved: names of parameters that went to the cap because what updates the trunk cannot take them.
     """
     types = {
         name: kind for group in groups for name, kind in zip(group["layer_names"], group["layer_types"], strict=True)
@@ -32,12 +32,11 @@ def partition_of(
     for name, param, group in named_parameters(groups):
         if "param_names" in group:
             members[group["stac_role"]].append((name, param, group))
-    takers = [rules[group["rule"]] for group in groups if group["stac_role"] == "trunk"]
     return STACPartition(
         trunk_layers=_layers(members["trunk"], types, state_bytes),
         cap_layers=_layers(members["cap"], types, state_bytes),
         amsgrad=any(group.get("amsgrad") for group in groups),
-        moved=tuple(name for name, param, _ in members["cap"] if takers and not takers[0].takes(param)),
+        moved=moved,
     )
 
 
