@@ -73,6 +73,8 @@ def main() -> None:
     resumed = train(resumed_model, resumed_optimizer, inputs, targets, steps=10)
     same_weights = all(map(torch.equal, model.parameters(), resumed_model.parameters()))
     check(more == resumed and same_weights, "a resumed run equals the uninterrupted one bit for bit")
+    hosted = STAC(make()[0], trunk_optimizer=stac_optimizer.optim.Lion, cap_optimizer=torch.optim.SGD)
+    check([group["rule"] for group in hosted.param_groups] == ["lion", "torch.SGD"], "roles take other optimizers")
     print(
         f"smoke test passed: stac-optimizer {version}, torch {torch.__version__}, "
         f"loss {losses[0]:.4f} to {losses[-1]:.4f} in {len(losses)} steps, resumed bit for bit"

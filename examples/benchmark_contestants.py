@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
 from benchmark_shapes import Workload
-from stac_optimizer import STAC
+from stac_optimizer import STAC, parameters_where
 
 __all__ = ["BASELINE", "CONTESTANTS", "Contestant", "LeftOutError"]
 
@@ -48,6 +49,33 @@ def stac(*, split: bool = False, **arguments: Any) -> Callable[[Workload], Optim
     return build
 
 
+def whole(**arguments: Any) -> Callable[[Workload], Optimizer]:
+    """STAC with all in the trunk, for another optimizer there."""
+    return lambda workload: STAC(workload.named(), last_n_layers=0, **SHARED, **arguments)
+
+
+def overridden(**arguments: Any) -> Callable[[Workload], Optimizer]:
+    """STAC as a trunk alone, every other tensor under an override, and so in a second group."""
+
+    def build(workload: Workload) -> Optimizer:
+        odd = {name for name, _ in workload.named()[1::2]}
+        if not odd:
+            raise LeftOutError("these shapes have one tensor, and so one group")
+        some = parameters_where(lambda name, _: name in odd)
+        return STAC(workload.named(), last_n_layers=0, overrides=[(some, {"weight_decay": 0.0})], **SHARED, **arguments)
+
+    return build
+
+
+def two_groups(workload: Workload) -> Optimizer:
+    """AdamW with every other tensor in a second group without decay."""
+    params = workload.parameters
+    if len(params) < 2:
+        raise LeftOutError("these shapes have one tensor, and so one group")
+    groups: list[dict[str, Any]] = [{"params": params[::2]}, {"params": params[1::2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, **SHARED)
+
+
 def peer(path: str, *, matrices: bool = False, cuda: bool = False, **arguments: Any) -> Callable[[Workload], Optimizer]:
     """An optimizer by its import path; of the trunk's matrices alone, or for CUDA alone, where so said."""
 
@@ -73,6 +101,8 @@ CONTESTANTS = (
     Contestant(BASELINE, peer("torch.optim.AdamW")),
     Contestant("AdamW foreach", peer("torch.optim.AdamW", foreach=True)),
     Contestant("AdamW fused", peer("torch.optim.AdamW", fused=True)),
+    Contestant("AdamW two groups", two_groups),
+    Contestant("Adam foreach", peer("torch.optim.Adam", foreach=True)),
     Contestant("SGD momentum fused", peer("torch.optim.SGD", momentum=0.9, fused=True)),
     Contestant("Muon, trunk's matrices", peer("torch.optim.Muon", matrices=True)),
     Contestant("STAC trunk", stac()),
@@ -93,6 +123,11 @@ CONTESTANTS = (
     Contestant(
         "STAC trunk state=int8 rounding fused", stac(trunk_state_dtype=torch.int8, stochastic_rounding=True, fused=True)
     ),
+    Contestant("STAC trunk override", overridden()),
+    Contestant("STAC trunk override fused", overridden(fused=True)),
+    Contestant("STAC guest Adam foreach", whole(trunk_optimizer=partial(torch.optim.Adam, foreach=True))),
+    Contestant("Lion", peer("stac_optimizer.optim.Lion")),
+    Contestant("Lion foreach", peer("stac_optimizer.optim.Lion", foreach=True)),
     Contestant("lion-pytorch Lion", peer("lion_pytorch.Lion"), foreign=True),
     Contestant("optimi Lion", peer("optimi.Lion"), foreign=True),
     Contestant("flashoptim FlashLion", peer("flashoptim.FlashLion", cuda=True), foreign=True),

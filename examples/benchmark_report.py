@@ -31,7 +31,7 @@ PACKAGES = (
     "bitsandbytes",
 )
 # By the first word of a contestant's name; whoever is not listed takes the last.
-COLORS = {"STAC": "tab:blue", "AdamW": "tab:orange", "": "tab:gray"}
+COLORS = {"STAC": "tab:blue", "Lion": "tab:cyan", "AdamW": "tab:orange", "": "tab:gray"}
 # A bar longer than this many times the baseline's is cut, lest the others vanish beside it.
 LONGEST_BAR = 2.0
 

@@ -41,6 +41,7 @@ from tqdm import tqdm
 from benchmark_contestants import BASELINE, CONTESTANTS, Contestant, LeftOutError
 from benchmark_report import Report, Result, describe_machine, draw_bars, format_table, write_json
 from benchmark_shapes import SHAPES, Workload
+from command_line import at_least_one, usable_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # More than any cache holds, in float32.
@@ -227,8 +228,8 @@ def main(argv: Sequence[str] | None = None) -> Report:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", choices=SHAPES, default="gpt2-small", help="(default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of all weights (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="for example cuda (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=30, help="timed steps of each (default: %(default)s)")
+    parser.add_argument("--device", type=usable_device, default="cpu", help="for example cuda (default: %(default)s)")
+    parser.add_argument("--steps", type=at_least_one, default=30, help="timed steps of each (default: %(default)s)")
     parser.add_argument("--warmup", type=int, default=3, help="further untimed steps of each (default: %(default)s)")
     parser.add_argument(
         "--budget", type=float, default=60, help="seconds after which one stops early (default: %(default)s)"
@@ -241,8 +242,8 @@ def main(argv: Sequence[str] | None = None) -> Report:
     )
     parser.add_argument("--out", type=Path, default=Path("benchmark"), help="folder to write to (default: %(default)s)")
     options = parser.parse_args(argv)
-    if options.steps < 1 or options.warmup < 0:
-        parser.error("--steps must be at least 1, and --warmup at least 0")
+    if options.warmup < 0:
+        parser.error("--warmup must be at least 0")
 
     device = torch.device(options.device)
     machine = describe_machine(device)

@@ -134,8 +134,8 @@ def main(argv: Sequence[str] | None = None) -> DigitsResult:
     parser.add_argument("--seed", type=int, default=0, help="of weights and batch order (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="where to leave the checkpoint (default: a temporary file)")
     options = parser.parse_args(argv)
-    if options.epochs < 1:
-        parser.error("--epochs must be at least 1")
+    if options.epochs < 2:
+        parser.error("--epochs must be at least 2, for the interruption comes between two of them")
 
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = options.out or Path(folder) / "digits.pt"

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from char_lm import Corpus, load_corpus, sample_batch, validation_loss
 from char_lm_setup import Settings, make_model, make_schedule, make_stac
+from command_line import at_least_one
 
 __all__ = ["REGIMES", "Outcome", "main"]
 
@@ -80,8 +81,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Outcome]]:
     """Train every regime with every seed, print the table, and return the outcomes by regime."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(default: 0)")
-    parser.add_argument("--steps", type=int, default=Settings().steps, help="of each run (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=at_least_one, default=Settings().steps, help="of each run (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=at_least_one, default=1, help="CPU threads (default: %(default)s)")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     corpus = load_corpus()

@@ -39,6 +39,7 @@ from char_lm_setup import (
     make_stac,
     refuse_other_settings,
 )
+from command_line import at_least_one, usable_device
 from stac_optimizer import STAC
 
 
@@ -162,10 +163,12 @@ class Run:
 def make_parser() -> argparse.ArgumentParser:
     """Return a parser with the options of one command and, unset unless given, one option per field of ``Settings``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="where to train, for example cuda (default: %(default)s)")
+    parser.add_argument(
+        "--device", type=usable_device, default="cpu", help="where to train, for example cuda (default: %(default)s)"
+    )
     parser.add_argument(
         "--threads",
-        type=int,
+        type=at_least_one,
         default=1,
         help="CPU threads; on tensors this small a second one gains a third at best, and on a busy machine loses much "
         "(default: %(default)s)",
@@ -202,11 +205,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Summary]:
     """Train, print the split and the comparison, draw the curves; return the summaries by optimizer."""
     parser = make_parser()
     options = parser.parse_args(argv)
-    if options.threads < 1:
-        parser.error("--threads must be at least 1")
     torch.set_num_threads(options.threads)
     try:
         run = open_run(options)
+    except FileNotFoundError:
+        parser.error(f"there is no checkpoint {options.resume}")
     except ValueError as error:
         parser.error(str(error))
     stop = run.settings.steps if options.stop_at is None else min(options.stop_at, run.settings.steps)

@@ -22,6 +22,7 @@ import os
 import statistics
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ from char_lm_setup import (
     make_stac,
     refuse_other_settings,
 )
+from command_line import at_least_one, usable_device
 from distributed_report import Loopback, Report
 from stac_optimizer import STAC, MajorityVote
 
@@ -154,7 +156,7 @@ class Run:
 
     def report(self, resumed_digest: str | None) -> Report:
         """Return what the run has reached and what it costs."""
-        vote = self.optimizer.param_groups[0]["trunk_vote"]
+        vote = self.optimizer.param_groups[0]["vote"]
         return Report(
             name=self.strategy if vote is None else f"{self.strategy}, {vote},",
             processes=self.size,
@@ -171,7 +173,7 @@ class Run:
 
     def save(self, path: str) -> None:
         """Write, all ranks together, all that the rest of the run depends on."""
-        if self.optimizer.param_groups[0]["trunk_vote"] is not None:
+        if self.optimizer.param_groups[0]["vote"] is not None:
             # Each rank has averages of its own, which serve only as many ranks; their mean serves any number.
             self.optimizer.average_trunk_state()
         self.optimizer.zero_grad()
@@ -208,13 +210,15 @@ def open_run(options: argparse.Namespace) -> Run:
     """Return a new run, or the one that ``--resume`` names.
 
     Raises:
-        ValueError: a setting is out of range, or differs from the one the checkpoint was made with.
+        ValueError: a setting is out of range, or differs from the one the checkpoint was made with; there is none.
     """
     # Votes cannot be cautious, and strategies are to differ in nothing else.
     given = {"stac_trunk_cautious": False} | given_settings(options)
     corpus = load_corpus()
     if options.resume is None:
         return Run(options, Settings(**given), corpus)
+    if not Path(options.resume, ".metadata").exists():
+        raise ValueError(f"there is no checkpoint in {options.resume}")
     stored = header(Settings(), corpus, 0, torch.Generator())
     load(stored, checkpoint_id=options.resume)
     refuse_other_settings(given, stored["settings"])
@@ -232,8 +236,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--encoding", choices=("ternary", "binary", "int8"), default="ternary", help="of votes (default: %(default)s)"
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each process (default: %(default)s)")
+    parser.add_argument(
+        "--device", type=usable_device, choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--threads", type=at_least_one, default=1, help="CPU threads of each process (default: %(default)s)"
+    )
     parser.add_argument("--stop-at", type=int, help="stop after this step of the schedule (default: its end)")
     parser.add_argument("--save", metavar="PATH", help="write a checkpoint into this folder at the end")
     parser.add_argument("--resume", metavar="PATH", help="continue from this checkpoint, under its settings")
@@ -266,7 +274,10 @@ def train(argv: Sequence[str] | None = None) -> Report:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Join the process group that torchrun describes, train, and leave."""
-    device = make_parser().parse_args(argv).device
+    parser = make_parser()
+    device = parser.parse_args(argv).device
+    if "RANK" not in os.environ:
+        parser.error("start it with torchrun, for it runs on several processes")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo")

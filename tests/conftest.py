@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import getpass
 import os
+import tempfile
+from pathlib import Path
 
 import torch
 
@@ -10,6 +13,12 @@ import torch
 # that may import it.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# What inductor has compiled for one kind of vectors, its cache would hand to a run with another.
+if "ATEN_CPU_CAPABILITY" in os.environ:
+    capability = os.environ["ATEN_CPU_CAPABILITY"]
+    cache = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}_{capability}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
 
 import pytest
 from hypothesis import settings

@@ -117,6 +117,7 @@ RULE_CASES = (
     _lion("cautious-maximize", cautious=True, maximize=True),
 )
 
+
 def zoo(dtype: torch.dtype, seed: int = 0) -> dict[str, nn.Parameter]:
     """Parameters of every shape and layout that users have, by name."""
     generator = torch.Generator().manual_seed(seed)
@@ -150,7 +151,9 @@ def random_gradients(params: Mapping[str, Tensor], seed: int, *, skip: Iterable[
     }
 
 
-def step_with(optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor], gradients: Mapping[str, Tensor | None]) -> None:
+def step_with(
+    optimizer: torch.optim.Optimizer, params: Mapping[str, Tensor], gradients: Mapping[str, Tensor | None]
+) -> None:
     """One step with these gradients, which must come out of it as they went in."""
     for name, param in params.items():
         gradient = gradients[name]

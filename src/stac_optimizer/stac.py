@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stac_optimizer.distributed.vote import MajorityVote
 from stac_optimizer.groups.given import settle_names
-from stac_optimizer.groups.keys import checked, hyperparameters_of, refuse_near_miss
+from stac_optimizer.groups.keys import check_parameters, checked, hyperparameters_of, refuse_near_miss, unshare_lr
 from stac_optimizer.groups.translation import from_adamw
 from stac_optimizer.model.partition import STACPartition
 from stac_optimizer.model.selectors import Selector
@@ -21,6 +21,7 @@ from stac_optimizer.roles.arguments import (
     checked_own,
     checked_shared,
     refuse_unread,
+    refuse_unread_shared,
     rule_arguments,
     warn_of_empty_role,
 )
@@ -246,6 +247,8 @@ class STAC(RuleOptimizer):
             include_frozen=include_frozen,
             trunk_takes=updaters["trunk"].takes_parameter,
         )
+        roles = {plan.role for plan in plans}
+        refuse_unread_shared(shared, {role: updaters[role] for role in ROLES if role in roles})
         groups = self._groups_of(plans, updaters)
         defaults = {**rule_arguments(Signum, of_trunk), **rule_arguments(AdamW, of_cap), **shared}
         rules = {updater.rule.name: updater.rule for updater in updaters.values() if updater.rule is not None}
@@ -275,7 +278,7 @@ class STAC(RuleOptimizer):
         result = [groups[id(plan)] for plan in plans]
         settle_names(result)
         sides = {bool(group.get("maximize", False)) for group in result}
-        if len(sides) > 1:
+        if len(sides) > 1 or (updaters["trunk"].offered["maximize"] and sides == {False}):
             raise ValueError(
                 "the roles disagree on maximize: one ascends and the other descends; give the same to STAC and to "
                 "trunk_optimizer and cap_optimizer"
@@ -290,7 +293,12 @@ class STAC(RuleOptimizer):
     @property
     def partition(self) -> STACPartition:
         """The layers of trunk and cap, with the bytes of their state; ``print`` shows them as a table."""
-        return partition_of(self.param_groups, self._state_bytes, self._moved)
+        of_guests = self._bytes_of_guests()
+
+        def state_bytes(param: Tensor, group: Group) -> int:
+            return of_guests[param] if param in of_guests else self._state_bytes(param, group)
+
+        return partition_of(self.param_groups, state_bytes, self._moved)
 
     def state_bytes(self) -> int:
         """Bytes of the state once every parameter has stepped, and meanwhile what those that have not will hold.
@@ -299,7 +307,11 @@ class STAC(RuleOptimizer):
         """
         native = [group for group in self.param_groups if not self._rules[group["rule"]].is_guest]
         held = sum(self._state_bytes(param, group) for group in native for param in group["params"])
-        return held + sum(guest.state_bytes(self.state) for guest in self._guests.values())
+        return held + sum(self._bytes_of_guests().values())
+
+    def _bytes_of_guests(self) -> dict[Tensor, int]:
+        some = [guest.bytes_by_parameter(self.state) for guest in self._guests.values()]
+        return {param: nbytes for each in some for param, nbytes in each.items()}
 
     @torch.no_grad()
     def average_trunk_state(self) -> None:
@@ -361,12 +373,15 @@ class STAC(RuleOptimizer):
     def _extend_guest(self, guest: Guest, plan: GroupPlan, index: int) -> None:
         group = {"params": plan.params, **plan.structure(index, guest.rule.name)}
         settle_names([*map(dict, self.param_groups), group])
-        given = {"params": list(plan.params), **plan.values}
+        check_parameters([group], self._rules)
+        refuse_near_miss(plan.values, guest.optimizer.defaults, "param_group: ")
+        values = {**self._new_values[plan.role], **plan.values}
+        given = {**values, **group, "params": list(plan.params)}
         guest.add_param_group(given)
-        given.update(group)
         for key in ("error_if_nonfinite", "betas"):
             given.setdefault(key, self.defaults[key])
         self.param_groups.append(given)
+        unshare_lr(group for group in self.param_groups if "lr" in group)
         self._tie()
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # as the base

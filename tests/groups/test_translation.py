@@ -68,7 +68,7 @@ def test_other_split_of_0_3_0_is_refused_with_the_layers_it_had() -> None:
     saved = recorded("three-cap-layers-amsgrad")
     with pytest.raises(ValueError, match="give last_n_layers=3"):
         STAC(old_model(saved["model_before"])).load_state_dict(saved["optimizer"])
-    with pytest.raises(ValueError, match="'1.weight' is in the checkpoint of 0.3.0 and not in this optimizer"):
+    with pytest.raises(ValueError, match=r"'1.weight' is in the checkpoint of 0.3.0 and not in this optimizer"):
         STAC(nn.Sequential(nn.Linear(6, 5)), last_n_layers=0).load_state_dict(saved["optimizer"])
 
 
@@ -118,7 +118,7 @@ def test_groups_of_adamw_are_told_apart_by_names_or_by_the_order_given() -> None
         optimizer.load_adamw_state_dict(adamw.state_dict(), model if has_names else [*decaying, *others])
         for _, param in pairs:
             assert same_bits(optimizer.state[param]["exp_avg"], adamw.state[param]["exp_avg"])
-    with pytest.raises(ValueError, match="2 groups without names.*group by group"):
+    with pytest.raises(ValueError, match=r"2 groups without names.*group by group"):
         optimizer.load_adamw_state_dict(adamw.state_dict(), model)
 
 
@@ -157,7 +157,7 @@ def test_states_that_do_not_fit_are_refused_and_change_nothing() -> None:
 
 def test_adamws_checkpoint_in_load_state_dict_names_the_way() -> None:
     model = small_model()
-    with pytest.raises(ValueError, match="it is an AdamW's.*load_adamw_state_dict"):
+    with pytest.raises(ValueError, match=r"it is an AdamW's.*load_adamw_state_dict"):
         STAC(model).load_state_dict(adamw_run(model).state_dict())
 
 
@@ -182,5 +182,5 @@ def test_layers_in_both_roles_are_checked_by_parameter_names() -> None:
     model = small_model()
     saved = STAC(model, cap=vectors()).state_dict()
     STAC(small_model(), cap=vectors()).load_state_dict(saved)
-    with pytest.raises(ValueError, match="layer_names|param_names"):
+    with pytest.raises(ValueError, match=r"layer_names|param_names"):
         STAC(model, cap=named("3") | norms()).load_state_dict(saved)

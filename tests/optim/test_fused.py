@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from stac_optimizer import STAC
+from stac_optimizer.optim.signum import compiled
 from stac_optimizer.tensors import cutting
-from stac_optimizer.rules import _sign_momentum_compiled
+from stac_optimizer.tensors.pieces import Tensors
 from tests.support import assert_same_bits, set_units
 
 # torch 2.6 warns of its own configuration while it logs what it compiles.
@@ -61,9 +62,9 @@ def _small_units(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What counts as large is small here; and what other tests warned of may be warned of anew."""
     set_units(monkeypatch, block=1000, pack=PACK)
     monkeypatch.setattr(cutting, "LARGE_NUMEL", 2048)  # what is in codes is cut there for compiled kernels, too
-    _sign_momentum_compiled._warn_once.cache_clear()
+    compiled._warn_once.cache_clear()
     yield
-    _sign_momentum_compiled._warn_once.cache_clear()
+    compiled._warn_once.cache_clear()
 
 
 def weights(dtype: torch.dtype, *, more: int = 0) -> dict[str, nn.Parameter]:
@@ -114,9 +115,9 @@ def test_kernel_that_cannot_run_leaves_its_work_to_the_default_path(
     def broken(*_: Any) -> None:
         raise RuntimeError("recompile limit reached\nand more")
 
-    idle = _sign_momentum_compiled.Run((torch.zeros(2),) * 3, None, None)
-    kernels = _sign_momentum_compiled.Compiled(broken, broken, [idle] * at_once)
-    monkeypatch.setattr(_sign_momentum_compiled, "_compiled", lambda variant: kernels)
+    idle = compiled.Run(Tensors(torch.zeros(2), torch.zeros(2)), None, None)
+    kernels = compiled.LoopKernels(broken, broken, [idle] * at_once)
+    monkeypatch.setattr(compiled, "_kernels_of", lambda variant: kernels)
     runs = [weights(torch.float32), weights(torch.float32)]
     default, fused = (
         trunk_of(params, fused=flag, trunk_cautious=is_cautious)
@@ -156,7 +157,7 @@ def test_compiled_trunk_agrees_by_bits_and_is_compiled_once(
                 optimizer.step()
             assert_same_runs(default, fused)
 
-    _sign_momentum_compiled._compiled.cache_clear()
+    compiled._kernels_of.cache_clear()
     before = compilations()
     compare(0)
     assert compilations() == before + kernels
@@ -251,7 +252,7 @@ def test_default_device_of_tensors_does_not_matter() -> None:
     """Whatever is made for a kernel on the CPU must lie there."""
     params, fused_params = weights(torch.float32), weights(torch.float32)
     default, fused = trunk_of(params, weight_decay=0.1), trunk_of(fused_params, weight_decay=0.1, fused=True)
-    _sign_momentum_compiled._compiled.cache_clear()
+    compiled._kernels_of.cache_clear()
     for seed in (0, 1):
         for held, optimizer in ((params, default), (fused_params, fused)):
             give_gradients(held, seed)
@@ -291,9 +292,9 @@ def assert_falls_back(dtypes: tuple[torch.dtype, ...]) -> str:
 
 @pytest.fixture
 def _nothing_compiled() -> Iterator[None]:
-    _sign_momentum_compiled._compiled.cache_clear()
+    compiled._kernels_of.cache_clear()
     yield
-    _sign_momentum_compiled._compiled.cache_clear()
+    compiled._kernels_of.cache_clear()
 
 
 @pytest.mark.usefixtures("_nothing_compiled")

@@ -6,6 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from stac_optimizer import STAC
+from stac_optimizer.optim import Lion
 from stac_optimizer.tensors import rounding
+from tests.optim.comparisons import UNITS, Held, assert_equal_under_units, assert_traced_equals_eager
 from tests.rule_cases import random_gradients, step_with, zoo
 from tests.runs import Run, assert_equal_runs, stepped, through_file_into
 from tests.support import assert_same_bits, parameter_state, same_bits, set_units, take_steps
-from tests.optim.test_rules import UNITS, Held, assert_equal_under_units, assert_traced_equals_eager
 
 RANGE = 2**16
 Pair = Callable[[int], tuple[Tensor, Tensor]]
@@ -28,6 +30,15 @@ ROLES: dict[str, dict[str, Any]] = {
     "trunk-momentum-0": {"trunk_momentum": 0.0},
     "cap": {"amsgrad": False},
     "cap-amsgrad": {"amsgrad": True},
+    "trunk-lion": {"trunk_optimizer": Lion},
+    "trunk-lion-cautious": {"trunk_optimizer": partial(Lion, cautious=True)},
+}
+# What computes in float32 what these round.
+IN_FLOAT32: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "cap": torch.optim.AdamW,
+    "cap-amsgrad": partial(torch.optim.AdamW, amsgrad=True),
+    "trunk-lion": Lion,
+    "trunk-lion-cautious": partial(Lion, cautious=True),
 }
 
 each_role = pytest.mark.parametrize("role", ["trunk", "cap"])
@@ -244,31 +255,31 @@ def test_another_seed_rounds_otherwise_and_the_same_alike(role: str) -> None:
     assert same_bits(found[2], found[3])  # of a seed 32 bits count
 
 
-@pytest.mark.parametrize("kind", ["cap", "cap-amsgrad"])
+@pytest.mark.parametrize("kind", IN_FLOAT32)
 @pytest.mark.parametrize("block", [1 << 40, 7])
-def test_cap_rounds_what_torch_computes_in_float32(kind: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From each step's own start, weight and averages are next to those of torch.optim.AdamW on float32 copies."""
+def test_all_is_rounded_that_is_computed_in_float32(kind: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From each step's own start, weight and averages are next to those of a step on float32 copies."""
     set_units(monkeypatch, block=block)
     params = zoo(torch.bfloat16)
     optimizer = optimizer_of(params, kind)
     rounded_up = rounded_at_all = 0
     for seed in range(6):
         wide = {name: nn.Parameter(param.detach().float()) for name, param in params.items()}
-        adamw = torch.optim.AdamW(wide.values(), lr=0.01, weight_decay=0.1, **ROLES[kind], foreach=False)
+        exactly = IN_FLOAT32[kind](list(wide.values()), lr=0.01, weight_decay=0.1, foreach=False)
         for name, param in params.items():
             held = copy.deepcopy(dict(optimizer.state[param]))
-            adamw.state[wide[name]] = {key: value.float() for key, value in held.items()}
+            exactly.state[wide[name]] = {key: value.float() for key, value in held.items()}
         gradients = random_gradients(params, seed)
         step_with(optimizer, params, gradients)
         for name, param in wide.items():
             gradient = gradients[name]
             assert gradient is not None
             param.grad = gradient.float()
-        adamw.step()
+        exactly.step()
         for position, (name, param) in enumerate(params.items()):
             assert optimizer.state[param]["step"] == seed + 1
             pairs = {"weight": (param.detach(), wide[name].detach())} | {
-                key: (value, adamw.state[wide[name]][key])
+                key: (value, exactly.state[wide[name]][key])
                 for key, value in optimizer.state[param].items()
                 if key != "step"
             }

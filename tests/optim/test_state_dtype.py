@@ -10,19 +10,19 @@ import torch
 from torch import nn
 
 from stac_optimizer import STAC
+from stac_optimizer.optim import Signum
 from tests import reference
-from tests.rule_cases import CAUTIOUS, DTYPES, RULE_CASES, RuleCase, random_gradients, step_with, zoo
+from tests.optim.comparisons import STEPS, Held, as_array, assert_equal_under_units, assert_traced_equals_eager
+from tests.rule_cases import CAUTIOUS, DTYPES, PLAIN, RULE_CASES, RuleCase, random_gradients, step_with, zoo
 from tests.support import take_steps
 from tests.tensors.test_codes import NEAR_TIE
-from tests.optim.test_rules import STEPS, Held, as_array, assert_equal_under_units, assert_traced_equals_eager
 
 KINDS = [torch.bfloat16, torch.int8]
-TRUNK_CASES = [
+CASES = [
     pytest.param(case, id=case.name)
     for case in RULE_CASES
-    if case.role == "trunk" and case.arguments.get("trunk_momentum", 0.9)
+    if case.kind is Signum and case.arguments.get("momentum", 0.9)
 ]
-PLAIN = RULE_CASES[0]
 
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
 
@@ -63,22 +63,21 @@ SCALES = {
 @pytest.mark.parametrize("kind", [None, *KINDS], ids=str)
 def test_state_has_declared_keys_shapes_dtypes_and_layouts(kind: torch.dtype | None, dtype: torch.dtype) -> None:
     params = wide_zoo(dtype)
-    optimizer = PLAIN.optimizer(params, "single", trunk_state_dtype=kind)
+    optimizer = PLAIN.optimizer(params, "single", state_dtype=kind)
     step_with(optimizer, params, random_gradients(params, 0, skip={"layer.vector"}))
     assert optimizer.state[params["layer.vector"]].keys() == {"step"}
     del params["layer.vector"]
     for name, param in params.items():
         state = optimizer.state[param]
-        assert state.keys() == {"step", "exp_avg"} | ({"exp_avg_scale"} if kind is torch.int8 else set())
         is_coded = kind is torch.int8 and name in SCALES and dtype not in (torch.float64, torch.complex64)
+        assert state.keys() == {"step", "exp_avg"} | ({"exp_avg_scale"} if is_coded else set())
         is_low = kind is torch.bfloat16 and not dtype.is_complex
         exp_avg = state["exp_avg"]
         assert exp_avg.dtype is (torch.int8 if is_coded else torch.bfloat16 if is_low else dtype)
         assert (exp_avg.shape, exp_avg.stride()) == (param.shape, torch.zeros_like(param).stride())
-        if kind is torch.int8:
-            rows = param.shape[0] if param.ndim else 1
+        if is_coded:
             assert state["exp_avg_scale"].dtype is torch.float32
-            assert tuple(state["exp_avg_scale"].shape) == (SCALES[name] if is_coded else (rows, 0))
+            assert tuple(state["exp_avg_scale"].shape) == SCALES[name]
 
 
 def matrix(array: reference.Array) -> reference.Array:
@@ -108,12 +107,12 @@ def assert_stored(state: dict[str, Any], expected: reference.Array, near: float)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", TRUNK_CASES)
+@pytest.mark.parametrize("case", CASES)
 @each_kind
 def test_update_matches_float64_reference(kind: torch.dtype, case: RuleCase, dtype: torch.dtype) -> None:
     """From each step's own start, so that the roundings of what is held do not pile up."""
     params = wide_zoo(dtype)
-    optimizer = case.optimizer(params, "single", trunk_state_dtype=kind)
+    optimizer = case.optimizer(params, "single", state_dtype=kind)
     rounding = case.slack * torch.finfo(dtype).eps
     near = 8 * torch.finfo(torch.float32).eps
     compared = left_out = 0
@@ -127,7 +126,7 @@ def test_update_matches_float64_reference(kind: torch.dtype, case: RuleCase, dty
         for name, param in params.items():
             gradient, (old, old_state) = gradients[name], before[name]
             assert gradient is not None
-            expected, state = case.reference(old, as_array(gradient), old_state, optimizer.param_groups[0])
+            expected, state, _ = case.reference(old, as_array(gradient), old_state, optimizer.param_groups[0])
             if not param.numel():
                 continue
             assert_stored(optimizer.state[param], state["exp_avg"], near)
@@ -150,7 +149,7 @@ def test_units_paths_and_layouts_agree_by_bits(
 ) -> None:
     def held(path: str, *, contiguous: bool = False) -> Held:
         params = wide_zoo(dtype, contiguous=contiguous)
-        return params, case.optimizer(params, path, trunk_state_dtype=kind)
+        return params, case.optimizer(params, path, state_dtype=kind)
 
     others = [
         (f"{units} {path} {contiguous}", units, held(path, contiguous=contiguous))
@@ -164,7 +163,7 @@ def test_units_paths_and_layouts_agree_by_bits(
 @each_kind
 def test_compiled_step_agrees_by_bits(kind: torch.dtype, case: RuleCase) -> None:
     eager, traced = (
-        (params, case.optimizer(params, "single", trunk_state_dtype=kind))
+        (params, case.optimizer(params, "single", state_dtype=kind))
         for params in (wide_zoo(torch.float32), wide_zoo(torch.float32))
     )
     assert_traced_equals_eager(eager, traced)
@@ -195,7 +194,7 @@ def test_bytes_of_state_for_a_trunk_weight(arguments: dict[str, Any], expected: 
 def test_bytes_of_state_are_known_before_the_first_step(kind: torch.dtype | None) -> None:
     for dtype in DTYPES:
         params = wide_zoo(dtype)
-        optimizer = PLAIN.optimizer(params, "single", trunk_state_dtype=kind)
+        optimizer = PLAIN.optimizer(params, "single", state_dtype=kind)
         promised = optimizer.state_bytes()
         step_with(optimizer, params, random_gradients(params, 0))
         held = sum(value.nbytes for state in optimizer.state.values() for value in state.values())
@@ -218,8 +217,8 @@ def test_wrong_dtype_is_refused(value: Any, error: type[Exception]) -> None:
     model = nn.Linear(2, 2)
     with pytest.raises(error, match=r"^trunk_state_dtype must be"):
         STAC(model, trunk_state_dtype=value)
-    group = {"params": list(model.named_parameters()), "stac_role": "trunk", "trunk_state_dtype": value}
-    with pytest.raises(error, match=r"^group 0: trunk_state_dtype must be"):
+    group = {"params": list(model.named_parameters()), "stac_role": "trunk", "state_dtype": value}
+    with pytest.raises(error, match=r"^group 0: state_dtype must be"):
         STAC([group])
 
 
@@ -228,7 +227,7 @@ def test_groups_have_dtypes_of_their_own() -> None:
     weights = [nn.Parameter(torch.ones(2, 64)) for _ in range(4)]
     kinds = [torch.int8, torch.bfloat16, None, "int8"]
     groups = [
-        {"params": [(f"{index}.w", weight)], "stac_role": "trunk", "trunk_state_dtype": kind}
+        {"params": [(f"{index}.w", weight)], "stac_role": "trunk", "state_dtype": kind}
         for index, (weight, kind) in enumerate(zip(weights, kinds, strict=True))
     ]
     optimizer = STAC(groups, lr=0.125)
@@ -248,7 +247,7 @@ def test_groups_have_dtypes_of_their_own() -> None:
 def test_a_gradient_that_is_not_finite_shows_in_the_weight(kind: torch.dtype) -> None:
     """In codes the whole block becomes NaN in the next step, its neighbours never."""
     weight = nn.Parameter(torch.zeros(2, 256))
-    optimizer = STAC([{"params": [("w", weight)], "stac_role": "trunk"}], lr=0.125, trunk_state_dtype=kind)
+    optimizer = Signum([weight], lr=0.125, state_dtype=kind)
     for value in (torch.nan, 1.0):
         weight.grad = torch.ones_like(weight)
         weight.grad[0, 3] = value

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stac_optimizer import STAC, embeddings, last_layers
+from stac_optimizer.optim import Lion, Signum
 from tests.support import assert_same_bits
 
 
@@ -18,21 +19,35 @@ def naive_step(weight: Tensor, average: Tensor, grad: Tensor, *, lr: float, mome
     weight.sub_(torch.sign(average), alpha=lr)
 
 
-def trunk_of(weight: nn.Parameter, **arguments: object) -> STAC:
-    return STAC([{"params": [("layer.weight", weight)], "stac_role": "trunk", **arguments}])
+def trunk_of(weight: nn.Parameter, kind: type[Signum] | type[Lion] = Signum, **arguments: object) -> STAC:
+    groups = [{"params": [("layer.weight", weight)], "stac_role": "trunk", **arguments}]
+    return STAC(groups, trunk_optimizer=kind)
 
 
 PATHS = {"single": {"foreach": False}, "foreach": {"foreach": True}}
 path = pytest.mark.parametrize("path", PATHS)
+kinds = pytest.mark.parametrize("kind", [Signum, Lion])
 
 
 @path
-@pytest.mark.parametrize("momentum", [0.9, 0.0])
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        pytest.param(Signum, {}, id="signum"),
+        pytest.param(Signum, {"momentum": 0.0}, id="signum-momentum-0"),
+        pytest.param(Lion, {}, id="lion"),
+    ],
+)
 @pytest.mark.parametrize("cautious", [False, True], ids=["plain", "cautious"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_nonfinite_gradient_shows_in_the_weight(
-    bad: float, cautious: bool, momentum: float, path: str, dtype: torch.dtype
+    bad: float,
+    cautious: bool,
+    kind: type[Signum] | type[Lion],
+    arguments: dict[str, float],
+    path: str,
+    dtype: torch.dtype,
 ) -> None:
     """torch.sign(nan) is 0, so naive code freezes the weight for ever."""
     grad = torch.tensor([bad, 1.0], dtype=dtype)
@@ -41,7 +56,7 @@ def test_nonfinite_gradient_shows_in_the_weight(
     assert weight.isfinite().all()
 
     parameter = nn.Parameter(torch.zeros(2, dtype=dtype))
-    optimizer = trunk_of(parameter, lr=0.5, trunk_momentum=momentum, trunk_cautious=cautious, **PATHS[path])
+    optimizer = trunk_of(parameter, kind, lr=0.5, cautious=cautious, **arguments, **PATHS[path])
     parameter.grad = grad
     optimizer.step()
     assert parameter[0].isnan()
@@ -52,13 +67,14 @@ def test_nonfinite_gradient_shows_in_the_weight(
 
 
 @path
-def test_zero_gradients_drift_unless_cautious(path: str) -> None:
+@kinds
+def test_zero_gradients_drift_unless_cautious(kind: type[Signum] | type[Lion], path: str) -> None:
     """The average of zeros keeps its sign: after one gradient a weight walks on all 3,000 steps that have none."""
     steps, lr = 3000, 1e-3
     weights = {cautious: nn.Parameter(torch.zeros(4)) for cautious in (False, True)}
     adamw_weight = nn.Parameter(torch.zeros(4))
     optimizers: list[torch.optim.Optimizer] = [
-        trunk_of(weights[cautious], lr=lr, trunk_cautious=cautious, **PATHS[path]) for cautious in weights
+        trunk_of(weights[cautious], kind, lr=lr, cautious=cautious, **PATHS[path]) for cautious in weights
     ]
     optimizers.append(torch.optim.AdamW([adamw_weight], lr=lr))
     for step in range(1 + steps):
@@ -75,7 +91,7 @@ def test_zero_gradients_drift_unless_cautious(path: str) -> None:
 
 def test_zero_gradients_do_not_move_momentum_free_trunk() -> None:
     weight = nn.Parameter(torch.zeros(4))
-    optimizer = trunk_of(weight, lr=1e-3, trunk_momentum=0.0)
+    optimizer = trunk_of(weight, lr=1e-3, momentum=0.0)
     for step in range(10):
         weight.grad = torch.full((4,), 1.0 if step == 0 else 0.0)
         optimizer.step()
@@ -168,7 +184,7 @@ def test_lost_step_warning_follows_dtype_and_lr(dtype: torch.dtype, lr: float | 
 def test_average_too_small_for_float16_still_moves_the_weight(cautious: bool, path: str) -> None:
     """A tenth of the gradient 2e-7 rounds to 0 in float16: an average read back from there would freeze the weight."""
     weight = nn.Parameter(torch.zeros(2, dtype=torch.float16))
-    optimizer = trunk_of(weight, lr=0.125, trunk_cautious=cautious, **PATHS[path])
+    optimizer = trunk_of(weight, lr=0.125, cautious=cautious, **PATHS[path])
     for _ in range(4):
         weight.grad = torch.full((2,), 2e-7, dtype=torch.float16)
         optimizer.step()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from stac_optimizer import STAC
-from stac_optimizer.rules import _sign_momentum_fused
+from stac_optimizer.optim.signum import fused as fused_paths
 from tests.rule_cases import random_gradients, step_with, zoo
 from tests.support import assert_same_bits
 
@@ -28,7 +28,7 @@ pytest.importorskip("triton")
 import triton.language as tl
 from triton.runtime import interpreter
 
-from stac_optimizer.rules._sign_momentum_triton import fused_sign_momentum
+from stac_optimizer.optim.signum.triton import fused_signum
 
 # The interpreter computes with numpy, which warns of NaN and infinity, and that of Triton 3.2 in a way deprecated now.
 pytestmark = pytest.mark.filterwarnings(
@@ -106,7 +106,7 @@ class Tensors:
     grads: list[Tensor]
     exp_avgs: list[Tensor]
     scales: list[Tensor]
-    salts: Tensor | None
+    noise_seeds: Tensor | None
 
     def step(self, case: Case, **overrides: Any) -> None:
         """The kernel's step."""
@@ -116,8 +116,13 @@ class Tensors:
             scalars[name] = None if value is None else torch.tensor([value], device=DEVICE)
         names = ("change_factor", "cautious_floor", "maximize")
         lists = (self.params, self.grads, self.exp_avgs, self.scales)
-        arguments = {**scalars, **{name: getattr(case, name) for name in names}, "salts": self.salts, **overrides}
-        fused_sign_momentum(*lists, **arguments)
+        arguments = {
+            **scalars,
+            **{name: getattr(case, name) for name in names},
+            "noise_seeds": self.noise_seeds,
+            **overrides,
+        }
+        fused_signum(*lists, **arguments)
 
     def written(self) -> list[list[Tensor]]:
         """Copies of what a step may change, on the CPU, all NaN alike: a NaN's payload means nothing."""
@@ -127,9 +132,10 @@ class Tensors:
     def expected(self, case: Case) -> list[list[Tensor]]:
         """The same after a step of plain operations."""
         lists = (self.params, self.grads, self.exp_avgs, self.scales)
+        seeds = [0] * len(self.params) if self.noise_seeds is None else self.noise_seeds.tolist()
         results = [
-            plain_step(case, *(tensors[index].cpu() if tensors else torch.empty(0) for tensors in lists), noise_seed=noise_seed)
-            for index, noise_seed in enumerate([0] * len(self.params) if self.salts is None else self.salts.tolist())
+            plain_step(case, *(tensors[index].cpu() if tensors else torch.empty(0) for tensors in lists), seed=seed)
+            for index, seed in enumerate(seeds)
         ]
         present = (True, case.has_momentum, case.is_coded)
         return [[alike(result[i]) for result in results] if present[i] else [] for i in range(3)]
@@ -160,13 +166,13 @@ def make(case: Case, dtype: torch.dtype, sizes: Sequence[int] = SIZES) -> Tensor
     if case.is_coded:
         scales = [encode(exp_avg)[1] for exp_avg in exp_avgs]
         exp_avgs = [encode(exp_avg)[0] for exp_avg in exp_avgs]
-    salts = torch.randint(-(2**31), 2**31, (len(sizes),), generator=generator, dtype=torch.int32)
+    noise_seeds = torch.randint(-(2**31), 2**31, (len(sizes),), generator=generator, dtype=torch.int32)
     return Tensors(
         params=[param.to(DEVICE, dtype) for param in params],
         grads=[grad.to(DEVICE, case.grad_dtype or dtype) for grad in grads],
         exp_avgs=[exp_avg.to(DEVICE, case.state_dtype or dtype) for exp_avg in exp_avgs] if case.has_momentum else [],
         scales=[scale.to(DEVICE) for scale in scales],
-        salts=salts.to(DEVICE) if case.is_stochastic else None,
+        noise_seeds=noise_seeds.to(DEVICE) if case.is_stochastic else None,
     )
 
 
@@ -184,10 +190,10 @@ def encode(average: Tensor) -> tuple[Tensor, Tensor]:
     return torch.copysign(r, m.where(~m.isnan(), 0)).trunc().to(torch.int8).flatten(), s
 
 
-def round_stochastically(weight: Tensor, noise_seed: int) -> Tensor:
+def round_stochastically(weight: Tensor, seed: int) -> Tensor:
     """In int64, whose low 32 bits are those of uint32."""
     low = 0xFFFFFFFF
-    h = (torch.arange(weight.numel()) * 0x9E3779B1 + noise_seed) & low
+    h = (torch.arange(weight.numel()) * 0x9E3779B1 + seed) & low
     h = ((h ^ (h >> 16)) * 0x85EBCA6B) & low
     h = ((h ^ (h >> 13)) * 0xC2B2AE35) & low
     bits = ((weight.view(torch.int32).long() & low) + (h >> 16)) & 0xFFFF0000
@@ -195,7 +201,7 @@ def round_stochastically(weight: Tensor, noise_seed: int) -> Tensor:
     return rounded.where(~weight.isnan(), torch.nan).to(torch.bfloat16)
 
 
-def plain_step(case: Case, param: Tensor, grad: Tensor, exp_avg: Tensor, scale: Tensor, *, noise_seed: int) -> list[Tensor]:
+def plain_step(case: Case, param: Tensor, grad: Tensor, exp_avg: Tensor, scale: Tensor, *, seed: int) -> list[Tensor]:
     """The new weight, average and scale. Every operation is one of torch's, rounded once."""
     arithmetic = torch.float64 if param.dtype == torch.float64 else torch.float32
     g = grad.to(arithmetic)
@@ -216,7 +222,7 @@ def plain_step(case: Case, param: Tensor, grad: Tensor, exp_avg: Tensor, scale: 
         mean = mask.count_nonzero().to(arithmetic) / torch.tensor(mask.numel(), dtype=arithmetic)
         direction = direction * mask.to(arithmetic) / mean.clamp(min=case.cautious_floor)
     w = w - direction * torch.tensor(case.lr, dtype=arithmetic)
-    return [round_stochastically(w, noise_seed) if case.is_stochastic else w.to(param.dtype), exp_avg, scale]
+    return [round_stochastically(w, seed) if case.is_stochastic else w.to(param.dtype), exp_avg, scale]
 
 
 @pytest.mark.parametrize(
@@ -302,7 +308,7 @@ def test_rule_gives_the_kernel_what_it_fits_and_the_default_path_the_rest(
     arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All layouts, and short blocks: equal by bits to the default path."""
-    monkeypatch.setattr(_sign_momentum_fused, "compiled", _sign_momentum_fused.by_triton)
+    monkeypatch.setattr(fused_paths, "step_compiled", fused_paths.by_triton)
     runs = []
     for fused in (None, True):
         params = {
@@ -356,7 +362,7 @@ def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     command = [sys.executable, "-m", "tests.triton_ptx"]
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     compiled: dict[str, str] = json.loads(done.stdout)

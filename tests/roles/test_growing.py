@@ -70,7 +70,9 @@ def test_checkpoint_with_frozen_parameters_resumes() -> None:
 @pytest.mark.parametrize("role", ["trunk", "cap"])
 def test_added_group_gets_the_roles_arguments(role: str) -> None:
     model, layer = small_model(), new_layer()
-    optimizer = STAC(model, lr=0.1, weight_decay=0.2, trunk_momentum=0.5, eps=1e-5, overrides=[(vectors(), {"lr": 9.0})])
+    optimizer = STAC(
+        model, lr=0.1, weight_decay=0.2, trunk_momentum=0.5, eps=1e-5, overrides=[(vectors(), {"lr": 9.0})]
+    )
     optimizer.add_param_group(group_of(layer, stac_role=role, weight_decay=0.3))
     added = optimizer.param_groups[-1]
     assert added["lr"] == pytest.approx(0.075 if role == "trunk" else 0.1)
@@ -121,7 +123,7 @@ def test_checkpoint_of_fewer_groups_says_what_to_do() -> None:
         optimizer.load_state_dict(saved)
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no role": ({}, RuntimeError, "does not support add_param_group.*include_frozen=True"),
     "a role that does not exist": ({"stac_role": "head"}, ValueError, "stac_role must be one of 'trunk', 'cap'"),
     "a misspelt key": ({"stac_role": "cap", "beta": (0.9, 0.9)}, ValueError, "did you mean 'betas'"),
@@ -145,7 +147,7 @@ def test_parameter_or_name_that_is_there_already_is_refused() -> None:
     optimizer = STAC(model, cap=last_layers(1) | norms())
     with pytest.raises(ValueError, match="one parameter twice"):
         optimizer.add_param_group({"params": [("x", model[0].weight)], "stac_role": "cap"})
-    with pytest.raises(ValueError, match="the name '0.weight' twice"):
+    with pytest.raises(ValueError, match=r"the name '0.weight' twice"):
         optimizer.add_param_group(group_of(new_layer(), name="0", stac_role="cap"))
     with pytest.raises(ValueError, match="have no names"):
         optimizer.add_param_group({"params": list(new_layer().parameters()), "stac_role": "cap"})

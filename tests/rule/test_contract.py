@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -13,19 +13,29 @@ from torch import Tensor, nn
 
 from stac_optimizer import STAC, last_layers
 from stac_optimizer.optimizer import RuleOptimizer
-from stac_optimizer.rule import COUNTER, Group, Hyperparameter, Rule, StateTensor
-from stac_optimizer.rule.preparation import Sums
+from stac_optimizer.rule import (
+    COUNTER,
+    Group,
+    Hyperparameter,
+    Rule,
+    StateLists,
+    StateTensor,
+    Sums,
+    TensorList,
+)
 from stac_optimizer.validation import unit_fraction
 from tests.support import assert_same_bits, set_gradients, small_model, snapshot, take_steps, through_file
 
 
 class ScaledRule(Rule):
-    """State of many kinds: a scalar that starts at 2 for each parameter, and for matrices alone a value for each row."""
+    """State of many kinds: a scalar that starts at 2, and for matrices alone a value for each row."""
 
     name = "scaled"
-    needs = "tensor"
+    needs: ClassVar[Literal["elements", "tensor", "matrix"]] = "tensor"
     lr_ratio = 0.5
-    hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {"decline": Hyperparameter(default=0.5, check=unit_fraction)}
+    hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {
+        "decline": Hyperparameter(default=0.5, check=unit_fraction)
+    }
     state_keys = ("step", "weight", "rows")
 
     def state(self, param: Tensor, group: Group) -> tuple[StateTensor, ...]:
@@ -33,14 +43,7 @@ class ScaledRule(Rule):
         rows = StateTensor(key="rows", shape=(param.shape[0], 1), dtype=torch.float64) if param.ndim > 1 else None
         return (COUNTER, weight) if rows is None else (COUNTER, weight, rows)
 
-    def update(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        state: Mapping[str, list[Tensor]],
-        group: Group,
-        sums: Sums,
-    ) -> None:
+    def update(self, params: TensorList, grads: TensorList, state: StateLists, group: Group, sums: Sums) -> None:
         """p <- p - lr * w * g / |g|_1, w <- decline * w; rows count what they have moved."""
         norms = sums.over_shards([grad.abs().sum() for grad in grads])
         for index, (param, grad, norm, weight) in enumerate(zip(params, grads, norms, state["weight"], strict=True)):
@@ -75,9 +78,10 @@ def test_state_is_made_as_declared_for_each_parameter() -> None:
     model = small_model()
     optimizer = Scaled(model.named_parameters(), lr=0.1)
     take_steps(model, optimizer, range(2))
-    matrix, vector = optimizer.state[model[0].weight], optimizer.state[model[0].bias]
+    matrix, vector = (optimizer.state[model.get_parameter(f"0.{key}")] for key in ("weight", "bias"))
     assert sorted(vector) == ["step", "weight"]
-    assert vector["weight"].shape == () and vector["weight"].item() == 0.5
+    assert vector["weight"].shape == ()
+    assert vector["weight"].item() == 0.5
     assert sorted(matrix) == ["rows", "step", "weight"]
     assert matrix["rows"].shape == (5, 1)
     assert matrix["rows"].dtype == torch.float64
@@ -116,7 +120,9 @@ def test_lr_of_low_precision_loses_nothing() -> None:
     optimizer.param_groups[0]["lr"] = torch.tensor(0.1, dtype=torch.bfloat16)
     optimizer.step()
     exact = 1 - torch.tensor(0.1, dtype=torch.bfloat16).double().item()
-    torch.testing.assert_close(weight.detach().double(), torch.full((2,), exact, dtype=torch.float64), rtol=0, atol=1e-7)
+    torch.testing.assert_close(
+        weight.detach().double(), torch.full((2,), exact, dtype=torch.float64), rtol=0, atol=1e-7
+    )
 
 
 def test_checkpoint_copy_and_pickle_of_a_rule_from_elsewhere_are_exact() -> None:
@@ -128,11 +134,12 @@ def test_checkpoint_copy_and_pickle_of_a_rule_from_elsewhere_are_exact() -> None
     resumed = STAC(other, trunk_optimizer=Scaled, lr=0.1)
     other.load_state_dict(weights)
     resumed.load_state_dict(saved)
-    runs = [(other, resumed), copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))]
+    runs: list[tuple[nn.Module, STAC]] = [(other, resumed), copy.deepcopy((model, optimizer))]
+    runs.append(pickle.loads(pickle.dumps((model, optimizer))))
     take_steps(model, optimizer, range(4, 6))
-    for run in runs:
-        take_steps(*run, range(4, 6))
-        assert_same_bits(snapshot(*run), snapshot(model, optimizer))
+    for run_model, run in runs:
+        take_steps(run_model, run, range(4, 6))
+        assert_same_bits(snapshot(run_model, run), snapshot(model, optimizer))
 
 
 def test_role_starts_at_the_rules_share_of_the_lr_beside_another_role() -> None:
@@ -152,8 +159,10 @@ def test_defaults_of_two_rules_for_one_key_do_not_mix() -> None:
 
 def test_groups_hold_common_keys_betas_and_those_of_their_own_rule() -> None:
     trunk, cap = STAC(small_model(), trunk_optimizer=Scaled).param_groups
-    assert "decline" in trunk and "decline" not in cap
-    assert "eps" in cap and "eps" not in trunk
+    assert "decline" in trunk
+    assert "decline" not in cap
+    assert "eps" in cap
+    assert "eps" not in trunk
     assert not {"momentum", "cautious", "state_dtype", "vote"} & (trunk.keys() | cap.keys())
     assert "betas" in trunk
 
@@ -163,17 +172,21 @@ def test_vectors_of_a_matrix_rule_go_to_the_cap_and_the_table_says_so() -> None:
     optimizer = STAC(model, trunk_optimizer=MatrixAlone)
     assert optimizer.param_groups[0]["param_names"] == ["0.weight"]
     assert optimizer.param_groups[1]["param_names"] == ["0.bias", "1.weight", "1.bias", "3.weight", "3.bias"]
-    assert "0" in optimizer.partition.trunk_layer_names and "0" in optimizer.partition.cap_layer_names
+    assert "0" in optimizer.partition.trunk_layer_names
+    assert "0" in optimizer.partition.cap_layer_names
     last = str(optimizer.partition).splitlines()[-1]
-    assert "0.bias" in last and "1.weight" in last
+    assert "0.bias" in last
+    assert "1.weight" in last
     take_steps(model, optimizer, range(2))
 
 
 def test_vectors_are_refused_where_a_matrix_rule_must_take_them() -> None:
     model = small_model()
-    with pytest.raises(ValueError, match="'0.bias' .matrix_alone. has 1 dimension, and matrix_alone updates whole matri"):
+    with pytest.raises(
+        ValueError, match=r"'0.bias' .matrix_alone. has 1 dimension, and matrix_alone updates whole matri"
+    ):
         MatrixAlone(model.named_parameters())
-    with pytest.raises(ValueError, match="'3.bias' .cap. has 1 dimension"):
+    with pytest.raises(ValueError, match=r"'3.bias' .cap. has 1 dimension"):
         STAC(model, cap_optimizer=MatrixAlone, cap=last_layers(1))
 
 
@@ -183,7 +196,7 @@ def test_parameter_that_was_flattened_after_construction_is_refused_before_anyth
     flat = nn.Parameter(torch.ones(12))
     flat.grad = torch.ones(12)
     optimizer.param_groups[0]["params"] = [flat]
-    with pytest.raises(RuntimeError, match="has 1 dimension.*do not flatten parameters. Nothing was changed"):
+    with pytest.raises(RuntimeError, match=r"has 1 dimension.*do not flatten parameters. Nothing was changed"):
         optimizer.step()
     assert torch.equal(flat, torch.ones(12))
 
@@ -198,9 +211,7 @@ def test_parameter_that_was_flattened_after_construction_is_refused_before_anyth
         ({"lr": float("nan")}, ValueError, "lr must be a finite number"),
     ],
 )
-def test_arguments_that_cannot_be_are_refused(
-    arguments: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_arguments_that_cannot_be_are_refused(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         Scaled([nn.Parameter(torch.ones(2))], **arguments)
 

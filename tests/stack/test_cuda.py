@@ -38,14 +38,15 @@ def no_synchronization() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in RULE_CASES if c.role == "trunk"])
-def test_trunk_paths_and_devices_agree_by_bits(case: RuleCase, dtype: torch.dtype) -> None:
-    on_cpu, single, foreach, fused = zoo(dtype), cuda_zoo(dtype), cuda_zoo(dtype), cuda_zoo(dtype)
-    runs = [(case.optimizer(on_cpu, "single"), on_cpu), (case.optimizer(single, "single"), single)]
-    runs.append((case.optimizer(foreach, "foreach"), foreach))
-    runs.append((case.optimizer(fused, "fused"), fused))
+@pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in RULE_CASES if c.agrees_by_bits])
+def test_paths_and_devices_agree_by_bits(case: RuleCase, dtype: torch.dtype) -> None:
+    on_cpu = zoo(dtype)
+    runs = [(case.optimizer(on_cpu, "single"), on_cpu)]
+    for path in case.paths:
+        params = cuda_zoo(dtype)
+        runs.append((case.optimizer(params, path), params))
     for seed in range(7):
-        gradients = cuda_gradients(single, seed)
+        gradients = cuda_gradients(runs[1][1], seed)
         for optimizer, params in runs:
             step_with(optimizer, params, {n: g.to(params[n].device) for n, g in gradients.items()})
         for name, param in on_cpu.items():

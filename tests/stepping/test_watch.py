@@ -81,19 +81,19 @@ def test_scheduler_keeps_the_ratio_of_the_roles(name: str) -> None:
     assert after != before
 
 
-ERASE_RATIO: dict[str, Callable[[STAC], Any]] = {
-    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=20),
-    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, base_lr=0.01, max_lr=0.1, step_size_up=3),
-    "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, swa_lr=0.01, anneal_epochs=2, anneal_strategy="linear"),
-    "LambdaLR of a state that was AdamW's": lambda o: _of_adamw(o),
-}
-
-
 def _of_adamw(optimizer: STAC) -> Any:
     """A schedule with the state of one over a single group, brought to two by hand."""
     schedule = lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     schedule.load_state_dict({**schedule.state_dict(), "base_lrs": [0.1, 0.1]})
     return schedule
+
+
+ERASE_RATIO: dict[str, Callable[[STAC], Any]] = {
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=20),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, base_lr=0.01, max_lr=0.1, step_size_up=3),
+    "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, swa_lr=0.01, anneal_epochs=2, anneal_strategy="linear"),
+    "LambdaLR of a state that was AdamW's": _of_adamw,
+}
 
 
 @pytest.mark.parametrize("name", [name for name in ERASE_RATIO if name != "SWALR"])

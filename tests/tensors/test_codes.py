@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stac_optimizer import _codes
+from stac_optimizer.tensors.codes import LEAST_SCALE, can_be_coded, decode, encode_, matrix_shape, scales_shape
 from tests import reference
 from tests.support import assert_same_bits
 
@@ -21,12 +21,12 @@ def encoded(average: Tensor) -> tuple[Tensor, Tensor]:
     """Codes and scales of blocks, the last dimension a block's."""
     codes = torch.full(average.shape, 99, dtype=torch.int8)
     scale = torch.full((*average.shape[:-1], 1), torch.nan)
-    _codes.encode_(average.clone(), codes, scale)
+    encode_(average.clone(), codes, scale)
     return codes, scale
 
 
 def round_trip(average: Tensor) -> Tensor:
-    return _codes.decode(*encoded(average))
+    return decode(*encoded(average))
 
 
 def averages(blocks: int, width: int, *, seed: int = 0) -> Tensor:
@@ -67,7 +67,7 @@ def test_ties_go_away_from_zero_exactly() -> None:
 def test_decoded_averages_are_within_half_a_level() -> None:
     average = averages(2000, 128, seed=1)
     codes, scale = encoded(average)
-    actual, scales = as_array(_codes.decode(codes, scale)), as_array(scale)
+    actual, scales = as_array(decode(codes, scale)), as_array(scale)
     # Three roundings of float32: of 1 / 127^2, of its product with the scale, and of that with the code.
     np.testing.assert_allclose(actual, reference.decoded(as_array(codes), scales), rtol=3 * 2.0**-24)
     levels = [
@@ -104,7 +104,7 @@ def test_averages_too_small_for_a_scale_become_zeros(largest: float) -> None:
     codes, scale = encoded(average)
     assert not codes.any()
     assert scale.item() == torch.tensor(largest).item()
-    assert not _codes.decode(codes, scale).any()
+    assert not decode(codes, scale).any()
 
 
 @pytest.mark.parametrize("largest", [2e-30, 3e38])
@@ -120,7 +120,7 @@ def test_block_with_a_value_that_is_not_finite_decodes_to_nan_and_its_neighbours
     expected = round_trip(average)
     average[0, 1, place] = value
     codes, scale = encoded(average)
-    decoded = _codes.decode(codes, scale)
+    decoded = decode(codes, scale)
     assert not codes[0, 1].any()
     assert scale[0, 1].item() == torch.inf
     assert decoded[0, 1].isnan().all()
@@ -136,9 +136,9 @@ def test_block_with_a_value_that_is_not_finite_decodes_to_nan_and_its_neighbours
 def test_averages_once_in_codes_keep_them(values: list[float], scale: float) -> None:
     """What is encoded again moves by no more than the scale does, whose two roundings may come out otherwise."""
     codes, scales = encoded(torch.tensor(values) * scale)
-    once = _codes.decode(codes, scales)
+    once = decode(codes, scales)
     again, new_scales = encoded(once)
-    if scales > _codes.LEAST_SCALE * 1.01:
+    if scales > LEAST_SCALE * 1.01:
         assert_same_bits(again, codes)
     torch.testing.assert_close(new_scales * codes.any(), scales * codes.any(), rtol=2.0**-23, atol=0)
 
@@ -164,29 +164,21 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "can_be_coded", "matrix", "scales"),
+    ("shape", "dtype", "is_codable", "matrix", "scales"),
     [pytest.param(*row, id=f"{row[0]}-{row[1]}") for row in SHAPES],
 )
 def test_rows_of_at_least_64_single_precision_elements_are_coded(
     shape: tuple[int, ...],
     dtype: torch.dtype,
-    can_be_coded: bool,
+    is_codable: bool,
     matrix: tuple[int, int],
     scales: tuple[int, int],
 ) -> None:
     param = torch.zeros(shape, dtype=dtype)
-    assert _codes.can_be_coded(param) is can_be_coded
-    assert _codes.matrix_shape(param) == matrix
-    assert tuple(_codes.scales_shape(param)) == scales
-    assert_same_bits(_codes.scales_like(param), torch.zeros(scales))
+    assert can_be_coded(param) is is_codable
+    assert matrix_shape(param) == matrix
+    assert tuple(scales_shape(param)) == scales
 
 
 def test_integers_cannot_be_coded() -> None:
-    assert not _codes.can_be_coded(torch.zeros(3, 64, dtype=torch.int32))
-
-
-def test_only_state_in_int8_counts_as_codes() -> None:
-    weight, codes = torch.zeros(3, 64), torch.zeros(3, 64, dtype=torch.int8)
-    assert _codes.is_coded([weight, weight, codes, torch.zeros(3, 1)])
-    assert not _codes.is_coded([weight, weight, weight])
-    assert not _codes.is_coded([weight, weight])
+    assert not can_be_coded(torch.zeros(3, 64, dtype=torch.int32))

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from stac_optimizer.tensors import cutting
+from stac_optimizer.tensors.cutting import buckets, units
+from stac_optimizer.tensors.pieces import Lists, Piece
+from stac_optimizer.tensors.scratch import Scratch
 from tests.support import assert_same_bits, set_units
 
 
-def numels(tensorlists: Sequence[list[Tensor]], *, cut: bool = True) -> list[tuple[tuple[int, ...], list[int]]]:
+def numels(lists: Lists, *, cut: bool = True) -> list[tuple[tuple[int, ...], list[int]]]:
     """For each unit the sizes that are packed in it, and the elements of each piece."""
-    return [
-        (unit.sizes, [piece.tensors[0].numel() for piece in unit.pieces]) for unit in _units.units(tensorlists, cut=cut)
-    ]
+    return [(unit.sizes, [piece.tensors.param.numel() for piece in unit.pieces]) for unit in units(lists, cut=cut)]
 
 
-def write_index(piece: _units.Piece) -> None:
+def write_index(piece: Piece) -> None:
     """Write into each weight of a piece the index that the piece says it has."""
-    weight = piece.tensors[0]
+    weight = piece.tensors.param
     index = torch.tensor(piece.offset)
     for dim, (size, stride) in enumerate(zip(weight.shape, piece.strides, strict=True)):
         index = index + (torch.arange(size) * stride).view(-1, *[1] * (weight.ndim - dim - 1))
@@ -41,11 +40,11 @@ def test_large_tensors_are_cut_and_small_ones_packed(monkeypatch: pytest.MonkeyP
     params = [torch.arange(float(math.prod(shape))).reshape(shape) for shape in sizes.values()]
     params[4] = params[4].t()
     grads = [torch.ones_like(param) for param in params]
-    assert numels([params, grads]) == [((), [15, 15, 15, 15]), ((), [15, 5]), ((7, 1, 0, 8), [16])]
-    assert numels([params, grads], cut=False) == [((), [60]), ((), [20]), ((7, 1, 0, 8), [16])]
-    for unit in _units.units([params, grads]):
+    assert numels(Lists(params, grads)) == [((), [15, 15, 15, 15]), ((), [15, 5]), ((7, 1, 0, 8), [16])]
+    assert numels(Lists(params, grads), cut=False) == [((), [60]), ((), [20]), ((7, 1, 0, 8), [16])]
+    for unit in units(Lists(params, grads)):
         for piece in unit.pieces:
-            piece.tensors[0].add_(1)
+            piece.tensors.param.add_(1)
     for param, shape in zip(params, sizes.values(), strict=True):
         assert sorted(param.flatten().tolist()) == [1.0 + i for i in range(math.prod(shape))]
 
@@ -64,9 +63,9 @@ def test_tensors_of_mixed_layouts_are_sliced_and_each_piece_knows_its_elements(
         (wide, wide),
     ):
         found = torch.full_like(param, -1)
-        (unit,) = _units.units([[found], [other]], cut=cut)
+        (unit,) = units(Lists([found], [other]), cut=cut)
         for piece in unit.pieces:
-            assert piece.tensors[0].numel() <= 20 or (other is wide and not cut)
+            assert piece.tensors.param.numel() <= 20 or (other is wide and not cut)
             write_index(piece)
         assert_same_bits(found, memory_order(param).to(found.dtype))
 
@@ -74,17 +73,17 @@ def test_tensors_of_mixed_layouts_are_sliced_and_each_piece_knows_its_elements(
 def test_a_recorded_step_gets_whole_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     set_units(monkeypatch, block=20, pack=100)
     params = [torch.zeros(6, 10)]
-    assert numels([params, params]) == [((), [60])]
+    assert numels(Lists(params, params)) == [((), [60])]
 
 
 @torch.no_grad()
 def test_buckets_hold_all_pieces_in_lists_of_about_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     set_units(monkeypatch, block=20)
     params = [torch.zeros(size) for size in (45, 3, 7, 0, 12, 30)]
-    dealt = [[tensor.numel() for tensor in tensors] for tensors, _ in _units.buckets([params, params])]
+    dealt = [[tensor.numel() for tensor in bucket.params] for bucket in buckets(Lists(params, params))]
     assert dealt == [[20], [20], [5, 3, 7, 0, 12], [20], [10]]
     assert all(sum(sizes) < 40 for sizes in dealt)
-    assert list(_units.buckets([[], []])) == []
+    assert list(buckets(Lists([], []))) == []
 
 
 @torch.no_grad()
@@ -102,10 +101,11 @@ def test_pieces_in_codes_are_whole_blocks(
     columns = math.prod(shape[1:])
     blocks = -(-columns // 128)
     codes, scale = torch.zeros(shape, dtype=torch.int8), torch.zeros(shape[0], blocks)
-    (unit,) = _units.units([[param], [torch.zeros(shape)], [codes], [scale]], cut=cut)
+    (unit,) = units(Lists([param], [torch.zeros(shape)], [[codes]], [scale]), cut=cut)
     for piece in unit.pieces:
         write_index(piece)
-        weight, _, piece_codes, piece_scale = piece.tensors
+        weight, _, (piece_codes,), piece_scale = piece.tensors
+        assert piece_scale is not None
         rows, count, width = weight.shape
         assert piece_scale.shape == (rows, count, 1)
         assert width == 128 or (count == 1 and width == columns % 128)
@@ -122,10 +122,11 @@ def test_pieces_in_codes_are_whole_blocks(
 
 def test_empty_weight_in_codes_has_no_pieces() -> None:
     """While a step is recorded neither, where each piece is an operation."""
-    tensors = [torch.zeros(0, 1024), torch.zeros(0, 1024), torch.zeros(0, 1024, dtype=torch.int8), torch.zeros(0, 8)]
+    empty = torch.zeros(0, 1024)
+    lists = Lists([empty], [empty], [[empty.to(torch.int8)]], [torch.zeros(0, 8)])
     for enabled in (False, True):
         with torch.set_grad_enabled(enabled):
-            (unit,) = _units.units([[tensor] for tensor in tensors])
+            (unit,) = units(lists)
             assert list(unit.pieces) == []
 
 
@@ -134,7 +135,7 @@ class Subclass(Tensor):
 
 
 def test_scratch_keeps_its_memory() -> None:
-    scratch = _units.Scratch()
+    scratch = Scratch()
     first = scratch.like(torch.zeros(6, 10))
     assert first.shape == (6, 10)
     assert first.dtype == torch.float32
@@ -155,7 +156,7 @@ def test_scratch_keeps_its_memory() -> None:
 )
 def test_scratch_is_for_plain_tensors_in_rows(tensor: Tensor) -> None:
     """In another layout an operation would take several times as long, and a subclass has memory of its own."""
-    scratch = _units.Scratch()
+    scratch = Scratch()
     first, second = scratch.like(tensor), scratch.like(tensor)
     assert (type(first), first.stride()) == (type(tensor), tensor.stride())
     assert first.data_ptr() != second.data_ptr()

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stac_optimizer import _device_tables
-from stac_optimizer._device_tables import integers, numbers, owners
+from stac_optimizer.tensors import device_tables
+from stac_optimizer.tensors.device_tables import integers, numbers, owners
 
 CPU = torch.device("cpu")
 
@@ -37,11 +37,11 @@ def test_tables_are_remembered_but_not_while_a_graph_is_captured(
     table: Callable[[Sequence[int], torch.device], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert table([1, 2, 5], CPU) is not table([1, 2, 5], CPU)  # where nothing is waited for, nothing is kept
-    monkeypatch.setattr(_device_tables, "_stream", lambda device: 0)
+    monkeypatch.setattr(device_tables, "_stream", lambda device: 0)
     first = table([1, 2, 5], CPU)
     assert table([1, 2, 5], CPU) is first
     assert table([1, 2, 4], CPU) is not first
-    monkeypatch.setattr(_device_tables, "_stream", lambda device: None)
+    monkeypatch.setattr(device_tables, "_stream", lambda device: None)
     captured = table([1, 2, 5], CPU)
     assert captured is not first
     assert torch.equal(captured, first)

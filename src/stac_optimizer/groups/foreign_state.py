@@ -21,7 +21,8 @@ def moved_to(param: Tensor, value: Any, group: Mapping[str, Any], key: str = "")
     if isinstance(value, Mapping):
         return {name: moved_to(param, each, group, name) for name, each in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(moved_to(param, each, group) for each in value)
+        items = [moved_to(param, each, group) for each in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
 
 

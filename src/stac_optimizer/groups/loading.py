@@ -103,9 +103,10 @@ def _checked_group(saved: dict[str, Any], present: Group, rule: Rule, where: str
     if "vote" in present:
         merged["vote"] = present["vote"]  # the ranks' of now, not of then
     # A schedule that ends at zero may end a rounding below it.
-    slightly_negative = isinstance(merged["lr"], float) and -LR_ROUNDING < merged["lr"] < 0
+    lr = merged.get("lr")  # a guest may have none
+    slightly_negative = isinstance(lr, float) and -LR_ROUNDING < lr < 0
     values = {} if rule.is_guest else checked({**merged, "lr": 0.0} if slightly_negative else merged, rule, where)
-    return {**merged, **values, "lr": merged["lr"]} if slightly_negative else {**merged, **values}
+    return {**merged, **values, "lr": lr} if slightly_negative else {**merged, **values}
 
 
 def _refuse_difference(what: str, saved: Any, present: Any) -> None:

@@ -56,7 +56,7 @@ def _from_0_1_2(groups: Groups, states: States) -> tuple[Groups, States]:
     return translated_groups, states
 
 
-def _from_0_3_0(saved: Groups, present: Sequence[Group]) -> Groups:
+def _from_0_3_0(saved: Groups, present_groups: Sequence[Group]) -> Groups:
     """The groups of 0.3.0, dealt out by name into the present ones.
 
     Its trunk took the sign of the bare gradient, which momentum 0 goes on with. A mask said which parameters decay.
@@ -66,8 +66,8 @@ def _from_0_3_0(saved: Groups, present: Sequence[Group]) -> Groups:
         for name, number, decays in zip(group["param_names"], group["params"], group["decay_param_mask"], strict=True):
             held[unwrapped(name)] = (number, bool(decays), group)
     result = []
-    for index, group in enumerate(present):
-        names = list(group.get("param_names", ()))
+    for index, present in enumerate(present_groups):
+        names = list(present.get("param_names", ()))
         unknown = [name for name in names if name not in held]
         if unknown or not names:
             raise ValueError(f"group {index}: the checkpoint of 0.3.0 lacks {unknown[0] if unknown else 'names'!r}")
@@ -87,7 +87,7 @@ def _from_0_3_0(saved: Groups, present: Sequence[Group]) -> Groups:
         role = ROLES_OF_0_3_0[first["stac_role"]]
         own = {"momentum": 0.0} if role == "trunk" else {key: first[key] for key in ("eps", "amsgrad")}
         decay = first["weight_decay"] if members[0][1] else 0.0
-        structure = {key: group[key] for key in ("rule", "layer_names", "param_names")}
+        structure = {key: present[key] for key in ("rule", "layer_names", "param_names")}
         kept = {key: first[key] for key in KEPT_OF_0_3_0}
         numbers = [number for number, _, _ in members]
         result.append({**structure, **kept, **own, "stac_role": role, "weight_decay": decay, "params": numbers})

@@ -6,17 +6,28 @@ Reference: Symbolic Discovery of Optimization Algorithms (Chen et al.), https://
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
 from stac_optimizer.optimizer import RuleOptimizer
-from stac_optimizer.rule import COUNTER, Flags, Group, Hyperparameter, Rule, StateTensor
+from stac_optimizer.rule import (
+    COUNTER,
+    Flags,
+    Group,
+    Hyperparameter,
+    Rule,
+    StateLists,
+    StateTensor,
+    Sums,
+    TensorList,
+)
 from stac_optimizer.rule.common import decay_, mask_, signs
-from stac_optimizer.rule.preparation import Sums
 from stac_optimizer.validation import boolean, pair_of_fractions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["Lion", "LionRule"]
 
@@ -59,14 +70,7 @@ class LionRule(Rule):
     def walks_on(self, group: Group) -> bool:
         return not group["cautious"]
 
-    def update(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        state: Mapping[str, list[Tensor]],
-        group: Group,
-        sums: Sums,
-    ) -> None:
+    def update(self, params: TensorList, grads: TensorList, state: StateLists, group: Group, sums: Sums) -> None:
         (beta1, beta2), averages = group["betas"], state["exp_avg"]
         decay_(params, group)
         interpolated = torch._foreach_mul(averages, beta1)

@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from stac_optimizer.distributed.vote import MajorityVote
 from stac_optimizer.optim import AdamW, Signum
 from stac_optimizer.optimizer import RuleOptimizer
+from stac_optimizer.roles.updater import Updater
 from stac_optimizer.rule import COMMON_HYPERPARAMETERS
 from stac_optimizer.validation import warn
 
-__all__ = ["checked_own", "checked_shared", "refuse_unread", "rule_arguments", "warn_of_empty_role"]
+__all__ = [
+    "checked_own",
+    "checked_shared",
+    "refuse_unread",
+    "refuse_unread_shared",
+    "rule_arguments",
+    "warn_of_empty_role",
+]
 
 
 def checked_shared(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,6 +79,35 @@ def refuse_unread(role: str, function: object, values: Mapping[str, Any], *, vot
             f"{name} is for the {role}'s own {kind.__name__}, got {values.get(name, vote)!r} beside {role}_optimizer; "
             f"write it there: {role}_optimizer=functools.partial(..., {bare}=...)"
         )
+
+
+def refuse_unread_shared(shared: Mapping[str, Any], updaters: Mapping[str, Updater]) -> None:
+    """Refuse shared arguments that a foreign optimizer, or a function that has written its own, does not read.
+
+    Args:
+        shared: the checked arguments.
+        updaters: of the roles that have parameters.
+
+    Raises:
+        ValueError: an argument, not at its default, that no role reads; a decay or rounding that one of them does not.
+    """
+    for name, value in shared.items():
+        # Roles that disagree on maximize are refused elsewhere; STAC itself reads the others.
+        is_default = name in ("betas", "error_if_nonfinite", "maximize") or (
+            not isinstance(value, Tensor) and value == COMMON_HYPERPARAMETERS[name].default
+        )
+        unread = [] if is_default else [role for role, updater in updaters.items() if not updater.reads(name)]
+        is_lost = name == "stochastic_rounding" or (
+            name == "weight_decay" and any(updaters[r].kind for r in unread if name not in updaters[r].written)
+        )
+        written = [role for role in unread if name in updaters[role].written]
+        lost = [role for role in unread if role not in written]
+        if lost and (is_lost or len(unread) == len(updaters)):
+            own = f", and {'cap' if lost[0] == 'trunk' else 'trunk'}_weight_decay for the other role"
+            raise ValueError(
+                f"{name} is {value!r}, and {lost[0]}_optimizer does not read it: write there what it takes"
+                f"{own if name == 'weight_decay' and len(unread) < len(updaters) else ''}"
+            )
 
 
 def warn_of_empty_role(role: str, own: Mapping[str, Any]) -> None:

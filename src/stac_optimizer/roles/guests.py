@@ -6,22 +6,30 @@ is hosted by ``own_state.py``.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
 
 from stac_optimizer.distributed.shards import is_sharded
 from stac_optimizer.groups.foreign_state import tensors_in
 from stac_optimizer.rule import Group, Rule, StateTensor
 
-__all__ = ["Guest", "GuestRule", "guest_of"]
+__all__ = ["MATRIX_CLASSES", "Guest", "GuestRule", "dry", "guest_of", "step_unseen", "without_data"]
 
-# What STAC shares with a guest, and hooks, which torch leaves out of copies as well.
+# What STAC shares with a guest.
 SHARED = frozenset({"param_groups", "state"})
+# torch.optim.Muon takes matrices alone; it came with torch 2.9.
+MATRIX_CLASSES = tuple(getattr(torch.optim, name) for name in ("Muon",) if hasattr(torch.optim, name))
+PLAIN_PAIR = (torch.nn.Parameter, Tensor)
+# They choose the kernels of a step, and not its state; some ask for a device.
+PATH_FLAGS = frozenset({"capturable", "foreach", "fused"})
 
 
 class GuestRule(Rule):
@@ -37,15 +45,20 @@ class GuestRule(Rule):
     def __init__(self, kind: type[Optimizer]) -> None:
         # The module within a package may move from release to release.
         self.name = f"{kind.__module__.partition('.')[0]}.{kind.__qualname__}"  # type: ignore[misc]  # one a guest
+        self._kind = kind
+
+    def takes(self, param: Tensor) -> bool:
+        return not issubclass(self._kind, MATRIX_CLASSES) or param.ndim == 2
 
     def state(self, param: Tensor, group: Group) -> tuple[StateTensor, ...]:
         return ()
 
     def parameter_problem(self, param: Tensor, group: Group) -> str | None:
-        return None
+        return None if self.takes(param) else f"has {param.ndim} dimensions, and {self.name} takes matrices alone"
 
     def gradient_problem(self, param: Tensor, grad: Tensor, group: Group) -> str | None:
-        if is_sharded(param) != is_sharded(grad):
+        # Asked of every parameter in every step, so what is plain is told at one look.
+        if (type(param), type(grad)) != PLAIN_PAIR and is_sharded(param) != is_sharded(grad):
             return "and its gradient are not both DTensors; distribute the gradient as the parameter is"
         return None
 
@@ -88,28 +101,29 @@ class Guest:
         """Let it complete a group, and take it."""
         self.optimizer.add_param_group(group)
 
-    def state_bytes(self, state: Mapping[Tensor, Any]) -> int:
-        """Bytes of its state once every parameter has stepped, found by a step of a twin without data."""
+    def bytes_by_parameter(self, state: Mapping[Tensor, Any]) -> dict[Tensor, int]:
+        """Bytes of each parameter's state once it has stepped, found by a step of a twin without data."""
         params = [param for group in self.groups for param in group["params"]]
-        held = sum(tensor.nbytes for param in params for tensor in tensors_in(state.get(param, {})))
+        held = {param: sum(tensor.nbytes for tensor in tensors_in(state.get(param, {}))) for param in params}
         if all(state.get(param) for param in params):
             return held
-        try:
-            return sum(tensor.nbytes for each in self._dry_run() for tensor in tensors_in(each))
-        except Exception:  # what a foreign step cannot do without data shows in many ways
-            return held
+        # What a foreign step cannot do without data shows in many ways.
+        with contextlib.suppress(Exception), dry():
+            made = self._dry_run(params)
+            return {param: held[param] or sum(t.nbytes for t in tensors_in(made.get(param))) for param in params}
+        return held
 
-    def _dry_run(self) -> list[Any]:
+    def _dry_run(self, params: Iterable[Tensor]) -> dict[Tensor, Any]:
+        """By parameter the state that a step makes."""
+        twins = dict(zip(params, without_data(params), strict=True))
         twin = object.__new__(type(self.optimizer))
         Optimizer.__setstate__(twin, {**_attributes(self.optimizer), "state": {}, "param_groups": []})
         twin.state = type(self.optimizer.state)(dict)
         for group in self.groups:
-            params = [torch.nn.Parameter(torch.empty_like(param, device="meta")) for param in group["params"]]
-            for param in params:
-                param.grad = torch.empty_like(param)
-            twin.param_groups.append({**group, "params": params})
-        type(twin).step(twin)
-        return list(twin.state.values())
+            values = {key: False if key in PATH_FLAGS else value for key, value in group.items()}
+            twin.param_groups.append({**values, "params": [twins[param] for param in group["params"]]})
+        step_unseen(twin)
+        return {param: twin.state[without] for param, without in twins.items()}
 
     def state_dict(self) -> dict[str, Any] | None:
         """What the host's own state dict does not hold."""
@@ -140,8 +154,56 @@ def _attributes(optimizer: Optimizer) -> dict[str, Any]:
     return {key: value for key, value in vars(optimizer).items() if key not in SHARED and not key.endswith("_hooks")}
 
 
-def guest_of(optimizer: Optimizer, role: str, function: Callable[[Any], Optimizer]) -> Guest:
-    """The guest that an optimizer makes: one that shares, or one that keeps state of its own."""
+def without_data(params: Iterable[Tensor]) -> list[Tensor]:
+    """Parameters like these, with gradients, that take no memory and can be stepped for the state it makes."""
+    result = [torch.nn.Parameter(torch.empty_like(param, device="meta")) for param in params]
+    for param in result:
+        param.grad = torch.empty_like(param)
+    return list(result)
+
+
+def step_unseen(optimizer: Optimizer) -> None:
+    """A step that no global hook is told of."""
+    step = type(optimizer).step
+    step = getattr(step, "__wrapped__", step) if getattr(step, "hooked", False) else step
+    step(optimizer)
+
+
+@contextlib.contextmanager
+def dry() -> Iterator[None]:
+    """For a step without data: without warnings, and without a trace in the generator that it may draw from."""
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _OnesWithoutData():
+        warnings.simplefilter("ignore")
+        yield
+
+
+class _OnesWithoutData(TorchFunctionMode):
+    """Lets a number be read from a tensor without data: it is 1."""
+
+    READERS: ClassVar[dict[Any, Any]] = {
+        Tensor.item: 1.0,
+        Tensor.__float__: 1.0,
+        Tensor.__int__: 1,
+        Tensor.__bool__: True,
+    }
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in self.READERS and args[0].is_meta:
+            return self.READERS[function]
+        return function(*args, **(kwargs or {}))
+
+
+def guest_of(
+    optimizer: Optimizer, role: str, function: Callable[[Any], Optimizer], given: Iterable[Mapping[str, Any]]
+) -> Guest:
+    """The guest that an optimizer makes: one that shares, or one that keeps state of its own.
+
+    Args:
+        optimizer: it.
+        role: its role.
+        function: what returned it.
+        given: the groups that the function got, as they were.
+    """
     from stac_optimizer.roles.own_state import OwnStateGuest, keeps_own_state  # noqa: PLC0415 - seldom needed
 
-    return OwnStateGuest(optimizer, role, function) if keeps_own_state(optimizer) else Guest(optimizer, role)
+    return OwnStateGuest(optimizer, role, function, given) if keeps_own_state(optimizer) else Guest(optimizer, role)

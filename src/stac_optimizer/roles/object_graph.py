@@ -32,7 +32,7 @@ CODE = (types.FunctionType, types.MethodType, types.BuiltinFunctionType, types.M
 
 
 def package_of(value: Any) -> str:
-    """The package in which a class or function was defined, whatever imports it; of another object that of its class."""
+    """The package in which a class or function was defined, whatever imports it; of other objects that of the class."""
     module = getattr(value, "__module__", None) or type(value).__module__
     return str(module).partition(".")[0]
 
@@ -104,7 +104,7 @@ class GraphWriter:
     def _leaf(self, value: Any) -> Node | None:
         """What holds data and no other objects."""
         if isinstance(value, Tensor):
-            # A state dict shows tensors as they are, without copying. They go back beside the parameter they lay beside.
+            # As it is, without copying, as state dicts show tensors. It goes back beside the parameter it lay beside.
             return {"tensor": value.data, "requires_grad": _is_leaf(value), "beside": self._beside.get(value.device)}
         if isinstance(value, torch.Generator):
             return {"generator": value.get_state(), "device": value.device}
@@ -185,10 +185,10 @@ class GraphReader:
             if "class" in node:
                 self._read_object(number, node, living)
             else:
-                self._made[number] = self._leaf(node) if "code" not in node else self._code(node, living)
+                self._made[number] = self._code(node, living) if "code" in node else self._leaf_or_partial(node)
         return self._made[number]
 
-    def _leaf(self, node: Node) -> Any:
+    def _leaf_or_partial(self, node: Node) -> Any:
         if "tensor" in node:
             tensor: Tensor = node["tensor"]
             device = tensor.device if node["beside"] is None else self._params[node["beside"]].device
@@ -205,7 +205,7 @@ class GraphReader:
             array = node["array"].numpy()
             return array[()] if node["scalar"] else array
         function, args, keywords = (self.read(part) for part in node["partial"])
-        partial = functools.partial(function, *args)
+        partial: Any = functools.partial(function, *args)
         # The very dict of keywords, which is filled later.
         partial.__setstate__((function, args, keywords, {}))
         return partial
@@ -225,10 +225,7 @@ class GraphReader:
             items = self._items(node, living)
             self._made[number] = kind(*items) if hasattr(kind, "_fields") else kind(items)
             return
-        if living is not None:
-            made = living
-        else:
-            made = deque(maxlen=node["maxlen"]) if kind is deque else kind.__new__(kind)
+        made = living if living is not None else _empty(kind, node)
         self._made[number] = made
         self._filled.add(id(made))
         if "pairs" in node:
@@ -260,3 +257,7 @@ class GraphReader:
                 "torch.serialization.add_safe_globals allows it"
             )
         return found
+
+
+def _empty(kind: Any, node: Node) -> Any:
+    return deque(maxlen=node["maxlen"]) if kind is deque else kind.__new__(kind)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from stac_optimizer.groups.keys import STRUCTURE_KEYS
-from stac_optimizer.roles.guests import SHARED, Guest, quiet, without_data
+from stac_optimizer.roles.guests import SHARED, Guest, dry, step_unseen, without_data
 from stac_optimizer.roles.object_graph import PLAIN, GraphReader, GraphWriter, package_of, path_of
 from stac_optimizer.validation import mapping
 
@@ -100,24 +100,24 @@ class OwnStateGuest(Guest):
 
     def _take_back(self) -> None:
         """Undo what was handed over: a checkpoint may be from before it."""
-        for given, built, target, written in zip(
-            self._given, self._built, self.optimizer.param_groups, self._written, strict=True
-        ):
+        targets: list[Any] = self.optimizer.param_groups
+        for given, built, target, written in zip(self._given, self._built, targets, self._written, strict=True):
+            is_layered = isinstance(target, ChainMap)
             for key in written & built.keys():
-                if isinstance(target, ChainMap) and key not in given:
+                if is_layered and key not in given:
                     target.pop(key, None)
                 else:
                     target[key] = built[key]
 
     def add_param_group(self, group: dict[str, Any]) -> None:
         """Let it take a group, and complete the group by what it shows."""
-        given = _without_params(group)
-        self.optimizer.add_param_group(dict(group))
+        given = {key: value for key, value in group.items() if key not in STRUCTURE_KEYS}
+        self.optimizer.add_param_group({**given, "params": list(group["params"])})
         built = _plain(self.optimizer.param_groups[-1])
         self._given.append(given)
         self._built.append(built)
         self._written.append(set())
-        group.update(built, params=list(built["params"]))
+        group.update({key: value for key, value in built.items() if key not in STRUCTURE_KEYS})
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data and the guest's own tensors, which ``torch.load(weights_only=True)`` takes."""
@@ -175,10 +175,10 @@ class OwnStateGuest(Guest):
         held = self._held_bytes()
         if len(self._write().nodes) > self._nodes_as_built:
             return held
-        with contextlib.suppress(Exception), quiet():
+        with contextlib.suppress(Exception), dry():
             params = without_data(self._params)
             twin = self._twin(params)
-            twin.step()
+            step_unseen(twin.optimizer)
             return dict(zip(self._params, twin._held_bytes().values(), strict=True))
         return held
 
@@ -202,8 +202,10 @@ class OwnStateGuest(Guest):
 
     def _twin(self, params: Sequence[Tensor]) -> OwnStateGuest:
         """The same optimizer anew, over other parameters."""
+        before = self.state_dict()
         twin = _built_anew(self.role, self._function, self._dealt(params), self._given)
         if {id(part) for part in twin._parts} & {id(part) for part in self._parts}:
+            self._prepared(before, lambda _: True)()  # the twin's parameters are in their tables now
             raise ValueError(
                 f"{self.role}_optimizer returns an optimizer of modules that were made outside of it, so a copy would "
                 "share them; let the function make them"
@@ -252,7 +254,11 @@ def _plain(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_plain(value: Any) -> bool:
-    return type(value) in PLAIN or isinstance(value, Tensor) or (type(value) in (tuple, list) and all(map(_is_plain, value)))
+    return (
+        type(value) in PLAIN
+        or isinstance(value, Tensor)
+        or (type(value) in (tuple, list) and all(map(_is_plain, value)))
+    )
 
 
 def _differs(value: Any, built: Any) -> bool:

@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from stac_optimizer.distributed.vote import MajorityVote
 from stac_optimizer.groups.keys import defaults_of, hyperparameters_of, refuse_near_miss, unshare_lr
 from stac_optimizer.optimizer import RuleOptimizer
-from stac_optimizer.roles.guests import Guest, guest_of
+from stac_optimizer.roles.guests import MATRIX_CLASSES, Guest, guest_of
 from stac_optimizer.roles.overrides import LR_RATIO
 from stac_optimizer.roles.plan import GroupPlan
 from stac_optimizer.rule import COMMON_HYPERPARAMETERS, Rule
@@ -28,9 +27,6 @@ __all__ = ["OptimizerFunction", "Updater"]
 
 OptimizerFunction = Callable[[Any], Optimizer]
 """From parameter groups to an optimizer of them: a class, a ``functools.partial`` of one, a lambda."""
-
-# torch.optim.Muon takes matrices alone; it came with torch 2.9.
-MATRIX_CLASSES = tuple(getattr(torch.optim, name) for name in ("Muon",) if hasattr(torch.optim, name))
 
 
 @dataclass(kw_only=True)
@@ -67,10 +63,10 @@ class Updater:
         self.written = self.function.keywords if isinstance(self.function, functools.partial) else {}
         for key, value in self.own.items():
             if value is not None and (key in self.written or not self._takes(key)):
-                where = "is written there too" if key in self.written else f"{_name(self.function)} does not take it"
+                why = f"{key} is written there too" if key in self.written else f"which does not take {key} from here"
                 raise ValueError(
-                    f"{self.role}_{key} is given beside {name}, and {key} {where}; write it in {name} alone, for "
-                    f"example functools.partial(..., {key}={value!r})"
+                    f"{self.role}_{key} is given beside {name} ({_name(self.function)}), and {why}; write it in {name} "
+                    f"alone, for example functools.partial(..., {key}={value!r})"
                 )
 
     def takes_parameter(self, param: Tensor) -> bool:
@@ -83,10 +79,14 @@ class Updater:
     def _base(self, *, has_other: bool) -> dict[str, Any]:
         """What groups of the role have, where they say nothing, of STAC's arguments."""
         offered = {key: value for key, value in self.offered.items() if key != "betas"}  # of the cap's AdamW alone
-        base = {key: value for key, value in offered.items() if key not in self.written and self._takes(key)}
+        base = {key: value for key, value in offered.items() if self.reads(key)}
         if "lr" in base and has_other and self.native is not None and self.native.lr_ratio != 1:
             base["lr"] = base["lr"] * self.native.lr_ratio
         return base | {key: value for key, value in self.own.items() if value is not None}
+
+    def reads(self, key: str) -> bool:
+        """Whether the role takes this argument of STAC's."""
+        return key not in self.written and self._takes(key)
 
     def _takes(self, key: str) -> bool:
         """Whether a value that the function has not written can be given to it in groups."""
@@ -115,22 +115,29 @@ class Updater:
             params = _pairs(plan) if plan.names is not None and self.native is not None else plan.params
             where = {"stac_role": self.role} if self.native is not None else {}
             given.append({"params": list(params), **where, **base, **_fresh(values)})
-        optimizer = self.function(given)
+        optimizer = self.function([dict(group) for group in given])
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"{self.role}_optimizer must return an optimizer, got {type(optimizer).__name__}")
-        groups = self._taken_over(optimizer, plans)
+        groups = self._taken_over(optimizer, plans, given)
+        written_lr = self.written.get("lr")
         for index, (plan, group) in enumerate(zip(plans, groups, strict=True)):
             self._check_keys(plan.values, group, optimizer)
             if LR_RATIO in plan.values:
+                if "lr" not in group:
+                    raise ValueError(f"{self.role}: {type(optimizer).__name__} has no lr for lr_ratio to multiply")
                 group["lr"] = group["lr"] * plan.values[LR_RATIO]
             group.update(plan.structure(index, self.rule.name if self.rule else ""))
             group.setdefault("error_if_nonfinite", self.offered["error_if_nonfinite"])
             group.setdefault("betas", self.offered["betas"])
+            if isinstance(written_lr, Tensor) and group["lr"] is written_lr:
+                group["lr"] = written_lr.clone()  # or it would be one lr of all optimizers that the function makes
         unshare_lr(group for group in groups if "lr" in group)
         return groups
 
     def values_of_new_groups(self, *, has_other: bool) -> dict[str, Any]:
         """What a group that is added later begins with; nothing where that cannot be known."""
+        if self.guest is not None:
+            return self._base(has_other=has_other)
         if self.native is None:
             return {}
         known = hyperparameters_of(self.native)
@@ -140,12 +147,14 @@ class Updater:
         values = defaults_of(self.native, {**self._base(has_other=has_other), **written})
         return {"betas": self.offered["betas"], **values, "rule": self.native.name}
 
-    def _taken_over(self, optimizer: Optimizer, plans: Sequence[GroupPlan]) -> list[dict[str, Any]]:
+    def _taken_over(
+        self, optimizer: Optimizer, plans: Sequence[GroupPlan], given: Sequence[Mapping[str, Any]]
+    ) -> list[dict[str, Any]]:
         if isinstance(optimizer, RuleOptimizer):
             self.rule, self.vote = optimizer.rule, optimizer.given_vote
             groups = optimizer.param_groups
         else:
-            self.guest = guest_of(optimizer, self.role, self.function)
+            self.guest = guest_of(optimizer, self.role, self.function, given)
             self.rule = self.guest.rule
             groups = self.guest.groups
         held = [[id(param) for param in group["params"]] for group in groups]

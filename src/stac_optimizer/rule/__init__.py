@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from stac_optimizer.rule.contract import Rule
 from stac_optimizer.rule.hyperparameters import COMMON_HYPERPARAMETERS, Flags, Group, Hyperparameter
-from stac_optimizer.rule.inputs import StepInputs
+from stac_optimizer.rule.inputs import StateLists, StepInputs, TensorList
+from stac_optimizer.rule.preparation import Sums
 from stac_optimizer.rule.state import COUNTER, StateTensor
 
 __all__ = [
@@ -14,6 +15,9 @@ __all__ = [
     "Group",
     "Hyperparameter",
     "Rule",
+    "StateLists",
     "StateTensor",
     "StepInputs",
+    "Sums",
+    "TensorList",
 ]

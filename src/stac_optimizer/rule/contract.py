@@ -12,7 +12,7 @@ from torch import Tensor
 from stac_optimizer.distributed.shards import is_sharded, is_sharded_in_runs
 from stac_optimizer.distributed.vote import Voters
 from stac_optimizer.rule.hyperparameters import Group, Hyperparameter
-from stac_optimizer.rule.inputs import StepInputs
+from stac_optimizer.rule.inputs import StateLists, StepInputs, TensorList
 from stac_optimizer.rule.preparation import Sums, step_prepared
 from stac_optimizer.rule.state import StateTensor
 from stac_optimizer.tensors.torch_private import is_foreach_faster
@@ -55,14 +55,7 @@ class Rule(ABC):
     def state(self, param: Tensor, group: Group) -> tuple[StateTensor, ...]:
         """The state of one parameter under this group's hyper-parameters, the counter first."""
 
-    def update(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        state: Mapping[str, list[Tensor]],
-        group: Group,
-        sums: Sums,
-    ) -> None:
+    def update(self, params: TensorList, grads: TensorList, state: StateLists, group: Group, sums: Sums) -> None:
         """Update parameters and state in place, by ``torch._foreach_*`` functions.
 
         What every rule needs is done around it: tensors are local, real and in arithmetic precision, steps counted,

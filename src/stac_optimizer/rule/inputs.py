@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
 from stac_optimizer.distributed.vote import Voters
 from stac_optimizer.rule.hyperparameters import Group
 
-__all__ = ["StepInputs"]
+__all__ = ["StateLists", "StepInputs", "TensorList"]
+
+TensorList: TypeAlias = list[Tensor]
+StateLists: TypeAlias = Mapping[str, list[Tensor]]
+"""By key of the state a list, in the order of the parameters."""
 
 
 class StepInputs(NamedTuple):
@@ -30,7 +34,7 @@ class StepInputs(NamedTuple):
     group: Group
     params: list[Tensor]
     grads: list[Tensor]
-    states: Mapping[str, list[Tensor]]
+    states: StateLists
     grad_scale: Tensor | None = None
     positions: Sequence[int] = ()
     found_inf: Tensor | None = None

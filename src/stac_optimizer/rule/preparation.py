@@ -6,15 +6,15 @@ gradients, counting, and blocks or lists of bounded memory (Note [Units of work]
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from stac_optimizer.distributed.shards import real_parts, run_offset, sum_over_shards
 from stac_optimizer.rule.hyperparameters import Group
-from stac_optimizer.rule.inputs import StepInputs
+from stac_optimizer.rule.inputs import StateLists, StepInputs, TensorList
 from stac_optimizer.rule.state import count_step_
 from stac_optimizer.tensors import rounding
 from stac_optimizer.tensors.cutting import block_numel, blocks, filled
@@ -45,17 +45,8 @@ class Sums:
         return [sum_over_shards(value, param) for value, param in zip(values, self._params, strict=True)]
 
 
-class Update(Protocol):
-    """See :meth:`stac_optimizer.rule.Rule.update`."""
-
-    def __call__(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        state: Mapping[str, list[Tensor]],
-        group: Group,
-        sums: Sums,
-    ) -> None: ...
+Update: TypeAlias = Callable[[TensorList, TensorList, StateLists, Group, Sums], None]
+"""See :meth:`stac_optimizer.rule.Rule.update`."""
 
 
 class _Part(NamedTuple):

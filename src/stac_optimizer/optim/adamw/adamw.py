@@ -7,11 +7,10 @@ of Adam and Beyond (Reddi et al.), https://openreview.net/forum?id=ryQu7f-RZ.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
 from stac_optimizer.distributed.shards import local_views, run_offset
 from stac_optimizer.optim.adamw.paths import adamw_in_blocks, fused_adamw, is_walkable, rounding_adamw
@@ -20,6 +19,9 @@ from stac_optimizer.optimizer import RuleOptimizer
 from stac_optimizer.rule import COUNTER, Flags, Group, Hyperparameter, Rule, StateTensor, StepInputs
 from stac_optimizer.tensors.torch_private import capturable_devices, fused_devices
 from stac_optimizer.validation import boolean, non_negative, pair_of_fractions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["AdamW", "AdamWRule"]
 

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
 
 from stac_optimizer.distributed.shards import is_sharded, is_sharded_by_row, local_views, real_parts, run_offset
 from stac_optimizer.distributed.vote import ENCODINGS, MajorityVote, Voters
@@ -31,6 +30,9 @@ from stac_optimizer.tensors import codes, rounding
 from stac_optimizer.tensors.pieces import Lists
 from stac_optimizer.tensors.precision import LOW_PRECISION
 from stac_optimizer.validation import boolean, one_of, unit_fraction
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["Signum", "SignumRule"]
 
