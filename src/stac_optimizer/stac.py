@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from stac_optimizer.roles.plan import ROLES, GroupPlan, planned_as_given
 from stac_optimizer.roles.split import as_given, plans_of, warn_of_embeddings
 from stac_optimizer.roles.updater import OptimizerFunction, Updater
 from stac_optimizer.rule import Group
+from stac_optimizer.stepping.checks import check_finite
 from stac_optimizer.stepping.watch import IdleRoles, OneLr
 from stac_optimizer.validation import mapping, warn
 
@@ -253,6 +254,11 @@ class STAC(RuleOptimizer):
         defaults = {**rule_arguments(Signum, of_trunk), **rule_arguments(AdamW, of_cap), **shared}
         rules = {updater.rule.name: updater.rule for updater in updaters.values() if updater.rule is not None}
         self._guests = {role: updater.guest for role, updater in updaters.items() if updater.guest is not None}
+        if all(rules[group["rule"]].is_guest for group in groups):
+            # Schedulers that cycle momentum look here for the key under which groups hold it.
+            known = [guest.optimizer.defaults for guest in self._guests.values()]
+            cycled = {key: each[key] for each in known for key in each if key in ("betas", "momentum")}
+            defaults = {**{key: shared[key] for key in shared if key != "betas"}, **cycled}
         self._build(groups, defaults, rules)
         for guest in self._guests.values():
             self.state.update(guest.optimizer.state)  # Adagrad makes its own at once
@@ -378,8 +384,7 @@ class STAC(RuleOptimizer):
         values = {**self._new_values[plan.role], **plan.values}
         given = {**values, **group, "params": list(plan.params)}
         guest.add_param_group(given)
-        for key in ("error_if_nonfinite", "betas"):
-            given.setdefault(key, self.defaults[key])
+        given = {**{key: self.param_groups[0][key] for key in ("error_if_nonfinite", "betas")}, **given}
         self.param_groups.append(given)
         unshare_lr(group for group in self.param_groups if "lr" in group)
         self._tie()
@@ -402,8 +407,21 @@ class STAC(RuleOptimizer):
         owner = next(iter(self._guests.values())) if are_guests and len(self._guests) == 1 else None
         if owner is None or closure is None:
             return super().step(closure)
-        result: float | None = owner.step(closure)
+        result: float | None = owner.step(self._checked(closure))
         return result
+
+    def _checked(self, closure: Callable[..., Any]) -> Callable[..., Any]:
+        """The closure itself, or where asked one that refuses NaN and infinity in the gradients that it leaves."""
+        if not any(group["error_if_nonfinite"] for group in self.param_groups):
+            return closure
+
+        @wraps(closure)
+        def checked_closure(*args: Any, **kwargs: Any) -> Any:
+            loss = closure(*args, **kwargs)
+            check_finite(self.param_groups, unchanged="The parameters are where the optimizer has tried them")
+            return loss
+
+        return checked_closure
 
     def _update(self, groups: Sequence[Group], position: int | None = None) -> bool:
         has_stepped = super()._update(groups, position)

@@ -171,11 +171,9 @@ def test_loading_restores_every_hyperparameter() -> None:
     )
     _, target = stepped(0, dtype=torch.bfloat16)
     for saved, present in zip(source.state_dict()["param_groups"], target.state_dict()["param_groups"], strict=True):
-        structure = {"params", "param_names", "stac_role", "rule", "layer_names", "layer_types"}
-        assert {key for key in saved if saved[key] == present[key]} == {
-            *("fused", "differentiable", "trunk_vote"),
-            *structure,
-        }
+        structure = {"params", "param_names", "stac_role", "name", "rule", "layer_names", "layer_types"}
+        unset = {"fused", "differentiable"} | ({"vote"} if saved["stac_role"] == "trunk" else set())
+        assert {key for key in saved if saved[key] == present[key]} == unset | structure
     target.load_state_dict(through_file(source.state_dict()))
     assert_same_bits(target.state_dict(), source.state_dict())
 
@@ -201,10 +199,14 @@ def test_loading_a_group_without_a_newer_key_keeps_the_present_value() -> None:
     _, source = stepped()
     saved = through_file(source.state_dict())
     for group in saved["param_groups"]:
-        del group["trunk_cautious"], group["layer_types"], group["param_names"]
-    _, target = stepped(trunk_cautious=True)
+        del group["layer_types"], group["param_names"], group["name"], group["rounding_seed"]
+    del saved["param_groups"][0]["cautious"]
+    _, target = stepped(trunk_cautious=True, rounding_seed=7)
+    names = [group["param_names"] for group in target.param_groups]
     target.load_state_dict(saved)
-    assert all(group["trunk_cautious"] for group in target.param_groups)
+    assert target.param_groups[0]["cautious"]
+    assert [(group["name"], group["rounding_seed"]) for group in target.param_groups] == [("trunk", 7), ("cap", 7)]
+    assert [group["param_names"] for group in target.param_groups] == names
     assert_same_bits(target.state_dict()["state"], source.state_dict()["state"])
 
 

@@ -21,7 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from stac_optimizer import STAC, _validation, partition_trainable_layers
+from stac_optimizer import STAC, partition_trainable_layers, validation
+from stac_optimizer.optim import AdamW, Signum
+from stac_optimizer.rule import COMMON_HYPERPARAMETERS
 from stac_optimizer.validation import (
     Checker,
     boolean,
@@ -33,9 +35,8 @@ from stac_optimizer.validation import (
     pair_of_fractions,
     unit_fraction,
 )
-from stac_optimizer.rules import hyperparameters
-from tests.support import small_model
 from tests.roles.support import group_of
+from tests.support import small_model
 
 FINITE = "a finite number in [0, inf)"
 FRACTION = "a number in [0, 1)"
@@ -224,10 +225,15 @@ def test_wrong_argument_raises_with_name_value_and_allowed(
     message = f"^{re.escape(f'{name} must be {allowed}, got {value!r}')}"
     with pytest.raises(error, match=message):
         STAC(small_model(), **{name: value})
-    if name in hyperparameters():
-        message = message.replace("^", "^group 1: ")
+    key, kind = (name.removeprefix("trunk_"), Signum) if name.startswith("trunk_") else (name, AdamW)
+    if key in kind.rule.hyperparameters or name in COMMON_HYPERPARAMETERS:
+        message = f"^group 1: {re.escape(f'{key} must be {allowed}, got {value!r}')}"
+        group = group_of("trunk" if kind is Signum else "cap", "3", **{key: value})
         with pytest.raises(error, match=message):
-            STAC([group_of("trunk", "0"), group_of("cap", "3", **{name: value})])
+            STAC([group_of("trunk", "0"), group])
+        arguments: dict[str, Any] = {key: value}
+        with pytest.raises(error, match=message.replace("group 1: ", "")):
+            kind([nn.Parameter(torch.ones(2))], **arguments)
 
 
 @pytest.mark.parametrize("name", ["lr", "trunk_lr", "cap_lr"])
@@ -282,7 +288,7 @@ def test_tensor_lr_with_capturable_foreach_is_allowed() -> None:
 
 def called_through(*modules: str) -> Callable[[], None]:
     """A function of the first of these modules that calls one of the next, and so on; the last one warns."""
-    call: Callable[[], None] = partial(_validation.warn, "x")
+    call: Callable[[], None] = partial(validation.warn, "x")
     for name in reversed(modules):
         namespace: dict[str, Any] = {"__name__": name, "call": call}
         exec(compile("def f():\n    call()\n", f"<{name}>", "exec"), namespace)
@@ -296,7 +302,7 @@ def called_through(*modules: str) -> Callable[[], None]:
         pytest.param(("their_code",), "their_code", id="directly"),
         pytest.param(("their_code", "stac_optimizer.stac"), "their_code", id="through-one-module"),
         pytest.param(
-            ("their_code", "stac_optimizer.stac", "stac_optimizer._groups", "stac_optimizer.selectors"),
+            ("their_code", "stac_optimizer.stac", "stac_optimizer.groups.keys", "stac_optimizer.model.selectors"),
             "their_code",
             id="through-several-modules",
         ),

@@ -95,7 +95,7 @@ def hosted(
     path = trajectory(model, [optimizer], [scheduler], range(SAVED_AT))
     run = (model, optimizer, scheduler)
     saved = through_file([each.state_dict() for each in run])
-    runs = {"itself": run, "deepcopied": copy.deepcopy(run)}
+    runs: dict[str, Any] = {"itself": run, "deepcopied": copy.deepcopy(run)}
     if is_pickled:
         runs["unpickled"] = pickle.loads(pickle.dumps(run))
     other = copy.deepcopy(model)

@@ -11,8 +11,9 @@ import lion_pytorch
 import pytest
 import torch
 from torch import nn, optim
+from torch.optim.lr_scheduler import LRScheduler
 
-from stac_optimizer import STAC
+from stac_optimizer import STAC, biases, named
 from stac_optimizer.optim import Signum
 
 from ..support import assert_same_bits, set_gradients, through_file
@@ -63,20 +64,21 @@ def test_a_guest_is_its_class_alone_over_checkpoints_and_copies(role: str, funct
     """One group each, a schedule, and a step in which a gradient is absent."""
     flags = {"maximize": getattr(function, "keywords", {}).get("maximize", False)}
     bias = _class(function) is not CLASSES.get("Muon")
-    alone = completed(function, lr=LR, weight_decay=0.01)
+    decay = 0.01 if _takes(function, "weight_decay") else 0.0
+    alone = completed(function, lr=LR, weight_decay=decay)
     model = two_layers(bias=bias)
     trunk, cap = model[0].parameters(), model[2].parameters()
     if role == "trunk":
-        optimizers = [alone(trunk), optim.AdamW(cap, lr=LR, weight_decay=0.01, **flags)]
+        optimizers = [alone(trunk), optim.AdamW(cap, lr=LR, weight_decay=decay, **flags)]
         schedule = one_cycle
     else:
-        optimizers = [Signum(trunk, lr=0.75 * LR, weight_decay=0.01, **flags), alone(cap)]
+        optimizers = [Signum(trunk, lr=0.75 * LR, weight_decay=decay, **flags), alone(cap)]
         schedule = decaying
     expected = trajectory(model, optimizers, [schedule(optimizer) for optimizer in optimizers])
 
     def build(model: nn.Module) -> STAC:
         given: Any = {f"{role}_optimizer": function}
-        return STAC(model, lr=LR, weight_decay=0.01, **given, **flags)
+        return STAC(model, lr=LR, weight_decay=decay, **given, **flags)
 
     for name, path in hosted(two_layers(bias=bias), build, schedule).items():
         assert_same_bits(path, expected, name)
@@ -104,7 +106,8 @@ def test_a_grad_scaler_unscales_for_guests_and_skips_their_step(name: str, fused
     """As for the class alone, also where the class would unscale by itself."""
     if fused and not _takes(CLASSES[name], "fused"):
         pytest.skip("the class has no fused path")
-    function = partial(CLASSES[name], fused=True) if fused else CLASSES[name]
+    flags: dict[str, Any] = {"fused": True} if fused else {}
+    function = partial(CLASSES[name], **flags)
 
     def run(model: nn.Sequential, optimizers: list[optim.Optimizer]) -> list[torch.Tensor]:
         scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
@@ -134,7 +137,7 @@ def test_a_nonfinite_gradient_changes_nothing_of_a_guest(name: str) -> None:
     optimizer.step()
     before = [param.detach().clone() for param in model.parameters()]
     state = {key: dict(value) for key, value in optimizer.state_dict()["state"].items()}
-    bad = model[2].weight.grad
+    bad = model.get_parameter("2.weight").grad
     assert bad is not None
     bad[0, 0] = torch.nan
     with pytest.raises(RuntimeError, match=r"non-finite gradients: that of '2\.weight' \(cap\)"):
@@ -194,26 +197,16 @@ def test_vectors_go_to_the_cap_where_muon_has_the_trunk() -> None:
 
 def test_overrides_reach_a_guest() -> None:
     """Keys of its class, and a ratio of what the function has written."""
-    from stac_optimizer import biases, named  # noqa: PLC0415
-
     overrides = [(biases(), {"weight_decay": 0.0, "momentum": 0.5}), (named("2"), {"lr_ratio": 0.1})]
+    changed = {"weight_decay": 0.0, "momentum": 0.5}
     model = two_layers()
-    expected = trajectory(
-        model,
-        [
-            optim.SGD(
-                [
-                    {"params": [model[0].weight]},
-                    {"params": [model[0].bias], "weight_decay": 0.0, "momentum": 0.5},
-                    {"params": [model[2].weight], "lr": 0.2 * 0.1},
-                    {"params": [model[2].bias], "weight_decay": 0.0, "momentum": 0.5, "lr": 0.2 * 0.1},
-                ],
-                lr=0.2,
-                momentum=0.9,
-                weight_decay=0.1,
-            )
-        ],
-    )
+    groups: list[dict[str, Any]] = [
+        {"params": [model[0].weight]},
+        {"params": [model[0].bias], **changed},
+        {"params": [model[2].weight], "lr": 0.2 * 0.1},
+        {"params": [model[2].bias], **changed, "lr": 0.2 * 0.1},
+    ]
+    expected = trajectory(model, [optim.SGD(groups, lr=0.2, momentum=0.9, weight_decay=0.1)])
     function = partial(optim.SGD, lr=0.2, momentum=0.9, weight_decay=0.1)
     other = two_layers()
     optimizer = STAC(other, last_n_layers=0, trunk_optimizer=function, overrides=overrides)
@@ -242,8 +235,16 @@ def test_what_is_not_written_comes_from_the_arguments() -> None:
     ("given", "error", "message"),
     [
         ({"trunk_lr": 0.1, "trunk_optimizer": partial(optim.Adam, lr=0.2)}, ValueError, "trunk_lr is given beside"),
-        ({"trunk_lr": 0.1, "trunk_optimizer": lambda params: optim.Adam(list(params))}, ValueError, "does not take it"),
-        ({"cap_weight_decay": 0.1, "cap_optimizer": optim.Rprop}, ValueError, "Rprop does not take it"),
+        (
+            {"trunk_lr": 0.1, "trunk_optimizer": lambda params: optim.Adam(list(params))},
+            ValueError,
+            "does not take lr from here",
+        ),
+        (
+            {"cap_weight_decay": 0.1, "cap_optimizer": optim.Rprop},
+            ValueError,
+            r"\(Rprop\).* does not take weight_decay",
+        ),
         ({"trunk_optimizer": list}, TypeError, "must return an optimizer, got list"),
         ({"trunk_optimizer": optim.Adam([torch.ones(1)])}, TypeError, "must be a function of parameters"),
         ({"trunk_optimizer": lambda _: optim.SGD([torch.ones(1)])}, ValueError, "holds other parameters"),
@@ -274,7 +275,7 @@ def _fit(model: nn.Module, optimizer: optim.Optimizer, seeds: range) -> list[Any
 
         def closure(inputs: torch.Tensor = inputs) -> torch.Tensor:
             optimizer.zero_grad()
-            loss = (model(inputs) - 1).square().mean()
+            loss: torch.Tensor = (model(inputs) - 1).square().mean()
             loss.backward()
             return loss
 
@@ -302,3 +303,63 @@ def test_a_guest_that_owns_the_model_gets_the_closure_itself(role: str, search: 
     copied, copied_optimizer = copy.deepcopy((model, optimizer))
     for some_model, some_optimizer in ((model, optimizer), (other, resumed), (copied, copied_optimizer)):
         assert_same_bits(path + _fit(some_model, some_optimizer, range(3, 5)), expected)
+
+
+@pytest.mark.parametrize("name", ["Adam", "SGD", "RMSprop"])
+def test_momentum_is_cycled_in_a_guest_that_owns_the_model(name: str) -> None:
+    """Under the key of its class, by OneCycleLR as it is called most."""
+    function = CLASSES[name]
+
+    def cycling(optimizer: optim.Optimizer) -> LRScheduler:
+        return optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=9)
+
+    alone = completed(function, lr=LR, weight_decay=0.0)
+    model, other = two_layers(), two_layers()
+    optimizer = alone(model.parameters())
+    expected = trajectory(model, [optimizer], [cycling(optimizer)])
+    hosting = STAC(other, lr=LR, last_n_layers=0, trunk_optimizer=function)
+    assert_same_bits(trajectory(other, [hosting], [cycling(hosting)]), expected)
+
+
+def test_a_closure_that_a_guest_gets_is_checked_for_nonfinite_gradients() -> None:
+    model = two_layers()
+    optimizer = STAC(model, last_n_layers=0, trunk_optimizer=optim.LBFGS, error_if_nonfinite=True)
+    _fit(model, optimizer, range(1))
+
+    def closure() -> float:
+        loss = model(torch.full((1, 4), torch.nan)).sum()
+        loss.backward()
+        return float(loss)
+
+    with pytest.raises(RuntimeError, match=r"'0\.weight' \(trunk\) holds NaN or infinity\. The parameters are where"):
+        optimizer.step(closure)
+
+
+class _Counting(optim.Optimizer):
+    """Keeps one counter of all steps in its state, as MADGRAD does, and a named tuple of each parameter."""
+
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        super().__init__(params, {"lr": lr})
+        self.state["k"] = torch.tensor([0])  # type: ignore[index]  # a name is as good a key
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        count: Any = self.state["k"]  # type: ignore[index]
+        count += 1
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    param.data.sub_(param.grad, alpha=group["lr"] * float(count))
+
+
+def test_state_that_is_of_no_parameter_is_saved_and_copied() -> None:
+    model = two_layers()
+    expected = trajectory(
+        model, [_Counting(model[0].parameters()), optim.AdamW(model[2].parameters(), 1e-3, weight_decay=0)]
+    )
+    paths = hosted(two_layers(), lambda model: STAC(model, trunk_optimizer=_Counting), _constant)
+    for name, path in paths.items():
+        assert_same_bits(path, expected, name)
+
+
+def _constant(optimizer: optim.Optimizer) -> LRScheduler:
+    return optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)

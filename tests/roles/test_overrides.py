@@ -96,16 +96,13 @@ def test_step_with_overrides_equals_separate_optimizers_by_bits() -> None:
     overrides = [(vectors(), {"weight_decay": 0.0}), (named("3"), {"lr_ratio": 0.1})]
     optimizer = STAC(model, trunk_optimizer=AdamW, lr=0.05, weight_decay=0.1, overrides=overrides)
     named_twin = dict(twin.named_parameters())
-    plain = torch.optim.AdamW(
-        [
-            {"params": [named_twin["0.weight"]]},
-            {"params": [named_twin[n] for n in ("0.bias", "1.weight", "1.bias")], "weight_decay": 0.0},
-            {"params": [named_twin["3.weight"]], "lr": 0.05 * 0.1},
-            {"params": [named_twin["3.bias"]], "lr": 0.05 * 0.1, "weight_decay": 0.0},
-        ],
-        lr=0.05,
-        weight_decay=0.1,
-    )
+    groups: list[dict[str, Any]] = [
+        {"params": [named_twin["0.weight"]]},
+        {"params": [named_twin[n] for n in ("0.bias", "1.weight", "1.bias")], "weight_decay": 0.0},
+        {"params": [named_twin["3.weight"]], "lr": 0.05 * 0.1},
+        {"params": [named_twin["3.bias"]], "lr": 0.05 * 0.1, "weight_decay": 0.0},
+    ]
+    plain = torch.optim.AdamW(groups, lr=0.05, weight_decay=0.1)
     for seed in range(3):
         set_gradients(model, seed)
         set_gradients(twin, seed)

@@ -44,6 +44,10 @@ def with_schedule(make: Callable[[STAC], Any], steps: int = 6, **arguments: Any)
     return optimizer, run
 
 
+def _halves(optimizer: STAC) -> Any:
+    return [rate / 2 for rate in rates(optimizer)]  # torch's annotation forgets that it takes a list
+
+
 KEEP_RATIO: dict[str, Callable[[STAC], Any]] = {
     "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
     "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda step: 0.9),
@@ -67,7 +71,7 @@ KEEP_RATIO: dict[str, Callable[[STAC], Any]] = {
     "CyclicLR": lambda o: lr_scheduler.CyclicLR(
         o, base_lr=[rate / 10 for rate in rates(o)], max_lr=rates(o), step_size_up=3
     ),
-    "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, swa_lr=[rate / 2 for rate in rates(o)], anneal_epochs=4),
+    "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, swa_lr=_halves(o), anneal_epochs=4),
 }
 
 

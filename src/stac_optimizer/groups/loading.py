@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ LR_ROUNDING = 1e-9
 
 def prepare(
     state_dict: Mapping[str, Any], param_groups: Sequence[Group], rules: Mapping[str, Rule]
-) -> tuple[list[dict[str, Any]], dict[Tensor, dict[str, Any]]]:
+) -> tuple[list[dict[str, Any]], dict[Any, Any]]:
     """Check a state dict against the present groups and bring it into their form.
 
     Args:
@@ -32,7 +33,8 @@ def prepare(
         rules: its rules, by the name that groups hold.
 
     Returns:
-        The groups to load, and the state of each parameter as fresh tensors on its device.
+        The groups to load, and the state of each parameter as fresh tensors on its device, besides what guests keep
+        of none.
 
     Raises:
         TypeError: a hyper-parameter, or the state dict itself, of the wrong type.
@@ -42,9 +44,10 @@ def prepare(
         raise ValueError("state_dict must hold 'state' and 'param_groups', as optimizer.state_dict() returns")
     if not isinstance(state_dict["param_groups"], (list, tuple)):
         raise TypeError(f"param_groups must be a list, got {type(state_dict['param_groups']).__name__}")
+    given, shared = _parted(mapping("state", state_dict["state"]), rules)
     groups, states = translated(
         [mapping(f"checkpoint group {index}", group) for index, group in enumerate(state_dict["param_groups"])],
-        mapping("state", state_dict["state"]),
+        given,
         param_groups,
     )
     _refuse_other_groups(groups, param_groups)
@@ -66,7 +69,13 @@ def prepare(
         for number, (name, param, _), group in zip(ids, named, merged, strict=True)
         if number in states
     }
-    return loaded, state
+    return loaded, {**state, **copy.deepcopy(shared)}
+
+
+def _parted(state: Mapping[Any, Any], rules: Mapping[str, Rule]) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """State of parameters, and what a guest keeps of none, such as one counter of all steps."""
+    names = {key for key in state if isinstance(key, str)} if any(rule.is_guest for rule in rules.values()) else ()
+    return {key: state[key] for key in state if key not in names}, {key: state[key] for key in names}
 
 
 def _refuse_other_groups(groups: Sequence[Group], param_groups: Sequence[Group]) -> None:

@@ -65,12 +65,13 @@ def check_gradients(
                 raise RuntimeError(f"{name_of(all_groups, param)!r} ({role}) {reason}. {unchanged}")
 
 
-def check_finite(groups: Sequence[Group], *, here: bool = False) -> None:
+def check_finite(groups: Sequence[Group], *, here: bool = False, unchanged: str = "Nothing was changed") -> None:
     """Refuse NaN and infinity in the gradients of groups that ask for it; a collective where they are sharded.
 
     Args:
         groups: those to step.
         here: whether to look at what this rank holds alone, and call no others.
+        unchanged: what the message says of the parameters.
 
     Raises:
         RuntimeError: naming the first parameter with one.
@@ -86,7 +87,7 @@ def check_finite(groups: Sequence[Group], *, here: bool = False) -> None:
     if found is not None:
         name, role, _ = held[found]
         raise RuntimeError(
-            f"non-finite gradients: that of {name!r} ({role}) holds NaN or infinity. Nothing was changed; skip "
+            f"non-finite gradients: that of {name!r} ({role}) holds NaN or infinity. {unchanged}; skip "
             "this batch, lower the lr or clip gradients, or (without vote) pass error_if_nonfinite=False to let the "
             "weight become NaN"
         )
