@@ -9,6 +9,7 @@ import pkgutil
 import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,15 @@ def test_readme_python_runs_from_top_to_bottom(capsys: pytest.CaptureFixture[str
     printed = capsys.readouterr().out.splitlines()
     (shown,) = (block.splitlines() for block in blocks("text") if block.startswith("layer "))
     assert printed[: len(shown)] == shown
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_readme_muon_leaves_all_but_matrices_to_the_cap() -> None:
+    namespace: dict[str, Any] = {}
+    (muon,) = (code for code in blocks("py") if "Muon" in code)
+    for code in (*blocks("python"), muon):
+        exec(compile(code, "README.md", "exec"), namespace)
+    assert namespace["optimizer"].partition.moved == ("0.bias", "1.weight", "1.bias")
 
 
 def test_readme_has_no_placeholder() -> None:

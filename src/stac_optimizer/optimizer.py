@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 from stac_optimizer.distributed.agreement import check_agreement, scopes_of
 from stac_optimizer.distributed.vote import MajorityVote, Voters
 from stac_optimizer.groups import loading
-from stac_optimizer.groups.given import given_groups, settle_names
-from stac_optimizer.groups.keys import check_parameters, defaults_of
+from stac_optimizer.groups.given import RoleGroup, given_groups, settle_names
+from stac_optimizer.groups.keys import check_parameters, defaults_of, unshare_lr
 from stac_optimizer.model.names import named_parameters
-from stac_optimizer.rule import COUNTER, Group, Rule, StateTensor, StepInputs
+from stac_optimizer.rule import COUNTER, Group, Rule, StepInputs
 from stac_optimizer.stepping.checks import check_capture, check_scaler, check_step, only_makes_state
 from stac_optimizer.stepping.release import GradientRelease
 from stac_optimizer.stepping.voting import check_on_all_ranks, share_gradients_
@@ -57,12 +57,18 @@ class RuleOptimizer(Optimizer):
         self.given_vote = vote
         params = list(params) if hasattr(params, "__next__") else params
         self._build(given_groups(params, self.rule, defaults), defaults, {self.rule.name: self.rule})
-        self._join_ranks(params, vote)
+        if not (isinstance(params, list) and params and isinstance(params[0], RoleGroup)):
+            self._join_ranks(params, vote)
+            self._warn()
+
+    def _warn(self) -> None:
+        """Warn of what rules find in their groups."""
         for group in self.param_groups:
+            rule = self._rules[group["rule"]]
             names = [name for name, _, _ in named_parameters([group])]
-            warning = self.rule.warning(names, group["params"], group)
+            warning = rule.warning(names, group["params"], group)
             if warning is not None:
-                warn(f"{group.get('stac_role', self.rule.name)}: {warning}")
+                warn(f"{group.get('stac_role', rule.name)}: {warning}")
 
     def _build(self, groups: list[dict[str, Any]], defaults: dict[str, Any], rules: Mapping[str, Rule]) -> None:
         """Become an optimizer of groups that are complete and checked."""
@@ -79,10 +85,20 @@ class RuleOptimizer(Optimizer):
         if vote is not None and not isinstance(vote, MajorityVote):
             raise TypeError(f"vote must be a MajorityVote or None, got {type(vote).__name__}")
         voters = None if vote is None else Voters.of(vote, model)
+        self._check_votes(self.param_groups, None if vote is None else vote.encoding)
         check_agreement(self.param_groups, scopes_of(model, self.param_groups, voters and voters.group))
         if voters is not None:
             voters.hook(p for group in self.param_groups if self._rules[group["rule"]].votes for p in group["params"])
             self._voters = voters
+
+    def _check_votes(self, groups: Sequence[Group], encoding: str | None) -> None:
+        """Refuse groups whose ranks are to vote otherwise than the optimizer's."""
+        for index, group in enumerate(groups):
+            if self._rules[group["rule"]].votes and group["vote"] != encoding:
+                raise ValueError(
+                    f"group {index}: vote is {group['vote']!r}, which vote=MajorityVote(...) alone can set, for the "
+                    f"whole optimizer; it is {encoding!r}"
+                )
 
     def state_bytes(self) -> int:
         """Bytes of the state once every parameter has stepped, and meanwhile what those that have not will hold."""
@@ -156,7 +172,9 @@ class RuleOptimizer(Optimizer):
         """Add complete groups, or none of them."""
         settle_names([*map(dict, self.param_groups), *groups])
         check_parameters(groups, self._rules)
+        self._check_votes(groups, None if self._voters is None else self._voters.vote.encoding)
         self.param_groups.extend(groups)
+        unshare_lr(self.param_groups)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -191,15 +209,12 @@ class RuleOptimizer(Optimizer):
             raise
         return loss
 
-    def _update(self, groups: Sequence[Group], position: int | None = None) -> bool:
+    def _update(self, groups: Sequence[Group], position: int | None = None) -> None:
         """Check, gather, dispatch.
 
         Args:
             groups: all of the optimizer's groups, or in backward one group cut to one parameter.
             position: in backward that parameter's place among all.
-
-        Returns:
-            Whether it came to a step: a GradScaler's infinity skips it.
         """
         check_capture(groups)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
@@ -209,17 +224,21 @@ class RuleOptimizer(Optimizer):
             if all(self._rules[group["rule"]].skips_by_itself(group, self.state) for group in groups):
                 found_inf = (found_inf != 0).to(torch.float32)  # as a sum over devices it may be more than 1
             elif found_inf.item():
-                return False
+                return
             else:
                 found_inf = None
         makes_state = self._check(groups, is_first=position is None and not self.state, is_scaled=is_scaled)
         if position is None and not (makes_state or torch.compiler.is_compiling()):
             self._watch(groups)
-        for inputs in self._gather(groups, position or 0, found_inf):
+        gathered = self._gather(groups, position or 0, found_inf)
+        self._step_guests()
+        for inputs in gathered:
             if not makes_state:
                 with torch.set_grad_enabled(inputs.group["differentiable"]):
                     self._rules[inputs.group["rule"]].step(inputs)
-        return True
+
+    def _step_guests(self) -> None:
+        """Let foreign optimizers step, before rules: what they refuse at their start leaves all as it was."""
 
     def _check(self, groups: Sequence[Group], *, is_first: bool, is_scaled: bool) -> bool:
         """Check gradients, on all ranks where they vote.

@@ -27,7 +27,7 @@ from stac_optimizer.roles.arguments import (
 )
 from stac_optimizer.roles.from_groups import partition_of
 from stac_optimizer.roles.guests import Guest
-from stac_optimizer.roles.overrides import Overrides
+from stac_optimizer.roles.overrides import LR_RATIO, Overrides
 from stac_optimizer.roles.plan import ROLES, GroupPlan, planned_as_given
 from stac_optimizer.roles.split import as_given, plans_of, warn_of_embeddings
 from stac_optimizer.roles.updater import OptimizerFunction, Updater
@@ -263,8 +263,10 @@ class STAC(RuleOptimizer):
         for guest in self._guests.values():
             self.state.update(guest.optimizer.state)  # Adagrad makes its own at once
         self._tie()
+        self._refuse_missing_closures()
         self._join_ranks(model, updaters["trunk"].vote)
-        warn_of_embeddings(layers, groups, rules)
+        self._warn()
+        warn_of_embeddings(layers, groups, rules, is_own=trunk_optimizer is None)
         self._one_lr, self._idle_roles = OneLr(groups), IdleRoles()
 
     def _groups_of(self, plans: Sequence[GroupPlan], updaters: Mapping[str, Updater]) -> list[dict[str, Any]]:
@@ -280,9 +282,10 @@ class STAC(RuleOptimizer):
                 groups.update((id(plan), group) for plan, group in zip(some, made, strict=True))
             else:
                 warn_of_empty_role(role, updater.own)
-            self._new_values[role] = updater.values_of_new_groups(has_other=has_other)
+            self._new_values[role] = updater.values_of_new_groups(made if some else [], has_other=has_other)
         result = [groups[id(plan)] for plan in plans]
         settle_names(result)
+        unshare_lr(result)
         sides = {bool(group.get("maximize", False)) for group in result}
         if len(sides) > 1 or (updaters["trunk"].offered["maximize"] and sides == {False}):
             raise ValueError(
@@ -290,6 +293,20 @@ class STAC(RuleOptimizer):
                 "trunk_optimizer and cap_optimizer"
             )
         return result
+
+    def _refuse_missing_closures(self) -> None:
+        for role, guest in self._guests.items():
+            if guest.needs_closure and self._owner is None:
+                raise ValueError(
+                    f"{role}_optimizer {guest.rule.name} needs a closure in every step, which only an optimizer of the "
+                    "whole model gets; give it all parameters (last_n_layers=0), or choose another for the role"
+                )
+
+    @property
+    def _owner(self) -> Guest | None:
+        """The foreign optimizer that owns the whole model."""
+        roles = {group["stac_role"] for group in self.param_groups}
+        return self._guests.get(next(iter(roles))) if len(roles) == 1 else None
 
     def _tie(self) -> None:
         """Let guests share groups and state: at first, and whenever torch has put others in their place."""
@@ -372,9 +389,14 @@ class STAC(RuleOptimizer):
             )
         rule = self._rules[values["rule"]]
         refuse_near_miss(plan.values, hyperparameters_of(rule), "param_group: ")
-        extra = {key: value for key, value in plan.values.items() if key not in values}
-        checked_values = checked({**values, **plan.values}, rule, "param_group: ")
-        self._extend([{"params": plan.params, **values, **extra, **checked_values, **plan.structure(index, rule.name)}])
+        own = dict(plan.values)
+        if LR_RATIO in own:
+            own["lr"] = values["lr"] * own.pop(LR_RATIO)
+        whole = {**values, **own}
+        group = {**whole, **checked(whole, rule, "param_group: "), "params": plan.params}
+        if isinstance(group["lr"], Tensor):
+            group["lr"] = group["lr"].clone()  # or a schedule of this group would move what the next one begins with
+        self._extend([{**group, **plan.structure(index, rule.name)}])
 
     def _extend_guest(self, guest: Guest, plan: GroupPlan, index: int) -> None:
         group = {"params": plan.params, **plan.structure(index, guest.rule.name)}
@@ -403,10 +425,10 @@ class STAC(RuleOptimizer):
             RuntimeError: a gradient that cannot be applied. Parameters and state are as before, except for what a
                 foreign optimizer finds out in the middle of its own step.
         """
-        are_guests = all(self._rules[group["rule"]].is_guest for group in self.param_groups)
-        owner = next(iter(self._guests.values())) if are_guests and len(self._guests) == 1 else None
+        owner = None if closure is None else self._owner
         if owner is None or closure is None:
             return super().step(closure)
+        self._tie()
         result: float | None = owner.step(self._checked(closure))
         return result
 
@@ -423,12 +445,10 @@ class STAC(RuleOptimizer):
 
         return checked_closure
 
-    def _update(self, groups: Sequence[Group], position: int | None = None) -> bool:
-        has_stepped = super()._update(groups, position)
-        if has_stepped:
-            for guest in self._guests.values():
-                guest.step()
-        return has_stepped
+    def _step_guests(self) -> None:
+        self._tie()  # a user may have put another state in place of the shared one
+        for guest in self._guests.values():
+            guest.step()
 
     def _watch(self, groups: Sequence[Group]) -> None:
         super()._watch(groups)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import linecache
 import math
 import re
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from stac_optimizer import STAC, partition_trainable_layers, validation
-from stac_optimizer.optim import AdamW, Signum
+from stac_optimizer.optim import AdamW, Lion, Signum
 from stac_optimizer.rule import COMMON_HYPERPARAMETERS
 from stac_optimizer.validation import (
     Checker,
@@ -320,10 +321,20 @@ def test_warning_points_at_line_outside_package(modules: tuple[str, ...], expect
 
 def test_warning_of_public_calls_points_at_their_line() -> None:
     model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 3), nn.Linear(3, 4, bias=False))
+    untied = copy.deepcopy(model)
     model[2].weight = model[0].weight
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         partition_trainable_layers(model)
         STAC(model)
+        STAC(untied)
+        Lion([nn.Parameter(torch.ones(5, dtype=torch.bfloat16))], lr=1e-5)
+        Signum([nn.Parameter(torch.ones(5, dtype=torch.bfloat16))], lr=1e-5)
     lines = [linecache.getline(warning.filename, warning.lineno).strip() for warning in caught]
-    assert lines == ["partition_trainable_layers(model)", "STAC(model)", "STAC(model)"]
+    assert lines == [
+        "partition_trainable_layers(model)",
+        "STAC(model)",
+        "STAC(untied)",
+        "Lion([nn.Parameter(torch.ones(5, dtype=torch.bfloat16))], lr=1e-5)",
+        "Signum([nn.Parameter(torch.ones(5, dtype=torch.bfloat16))], lr=1e-5)",
+    ]

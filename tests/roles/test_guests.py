@@ -329,7 +329,7 @@ def test_a_closure_that_a_guest_gets_is_checked_for_nonfinite_gradients() -> Non
     def closure() -> float:
         loss = model(torch.full((1, 4), torch.nan)).sum()
         loss.backward()
-        return float(loss)
+        return float(loss.detach())
 
     with pytest.raises(RuntimeError, match=r"'0\.weight' \(trunk\) holds NaN or infinity\. The parameters are where"):
         optimizer.step(closure)

@@ -156,7 +156,7 @@ def test_table_shows_rates_and_decays_that_differ() -> None:
         ([(named("nothing"), {"lr": 0.1})], ValueError, "named.'nothing'. matches no layer"),
         ([(embeddings(), {"lr": 0.1})], ValueError, r"embeddings\(\) matches no layer.*leave it out"),
         ([(named("0"), {"lr": -1.0})], ValueError, "lr must be a finite number in .0, inf., got -1.0"),
-        ([(named("0"), {"lr_ratio": -1.0})], ValueError, r"overrides\[0\]\['lr_ratio'\] must be"),
+        ([(named("0"), {"lr_ratio": -1.0})], ValueError, r"overrides\[0\]: lr_ratio must be"),
         ([(named("0"), {"lr_ratio": 0.5, "lr": 0.1})], ValueError, "both lr and lr_ratio"),
         ([(named("0"), {"stac_role": "cap"})], ValueError, "may not set 'stac_role'"),
         ([(named("0"), {"weight_deacy": 0.1})], ValueError, "did you mean 'weight_decay'"),

@@ -131,7 +131,7 @@ def test_cycled_momentum_moves_the_first_beta_and_no_trunk_momentum(
             share, beta = expected[step]
             assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([0.1 * share, 0.2 * share])
             assert [group["betas"] for group in optimizer.param_groups] == [(pytest.approx(beta), 0.999)] * 2
-        assert [group["trunk_momentum"] for group in optimizer.param_groups] == [0.9, 0.9]
+        assert [group.get("momentum") for group in optimizer.param_groups] == [0.9, None]
         take_steps(model, optimizer, [step])
         if step < max(expected):
             scheduler.step()
@@ -187,8 +187,8 @@ def test_scheduler_of_a_wrapper_around_the_optimizer_moves_the_groups() -> None:
         scheduler.step()
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.2])
     assert [group["betas"][0] for group in optimizer.param_groups] == pytest.approx([0.85, 0.85])
-    assert {key: optimizer.defaults[key] for key in ("lr", "betas", "trunk_momentum")} == {
+    assert {key: optimizer.defaults[key] for key in ("lr", "betas", "momentum")} == {
         "lr": 0.01,
         "betas": (0.9, 0.999),
-        "trunk_momentum": 0.9,
+        "momentum": 0.9,
     }

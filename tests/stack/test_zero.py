@@ -162,7 +162,7 @@ def _run_readme(code: str) -> None:
 
 
 def test_readme_recipe_equals_the_whole_optimizer() -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     codes = re.findall(r"^```py\n(.*?)^```$", readme, flags=re.MULTILINE | re.DOTALL)
     (code,) = [code for code in codes if "ZeroRedundancyOptimizer" in code]
     run_ranks(_run_readme, 2, code)

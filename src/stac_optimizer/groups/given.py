@@ -12,7 +12,11 @@ from stac_optimizer.model.layers import writable
 from stac_optimizer.model.names import unwrapped
 from stac_optimizer.rule import Rule
 
-__all__ = ["given_groups", "given_params", "refuse_repeated"]
+__all__ = ["RoleGroup", "given_groups", "given_params", "settle_names"]
+
+
+class RoleGroup(dict[str, Any]):
+    """A group of a role of STAC, which itself asks other ranks, and warns, once its groups are complete."""
 
 
 def given_groups(params: Any, rule: Rule, defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -68,7 +72,7 @@ def settle_names(groups: list[dict[str, Any]]) -> None:
     Raises:
         ValueError: a parameter or a name that stands twice, or groups with and without names.
     """
-    refuse_repeated((name, param) for group in groups for name, param in _named(group))
+    _refuse_repeated((name, param) for group in groups for name, param in _named(group))
     has_names = any("param_names" in group for group in groups)
     for index, group in enumerate(groups):
         if has_names and not group["params"]:
@@ -81,7 +85,7 @@ def _named(group: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
     return zip(group.get("param_names") or [""] * len(group["params"]), group["params"], strict=True)
 
 
-def refuse_repeated(named: Iterable[tuple[str, Tensor]]) -> None:
+def _refuse_repeated(named: Iterable[tuple[str, Tensor]]) -> None:
     """A parameter that stands twice would be moved twice, and checkpoints tell parameters by their names."""
     names: set[str] = set()
     seen: set[int] = set()

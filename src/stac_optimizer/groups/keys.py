@@ -112,6 +112,7 @@ def unshare_lr(groups: Iterable[dict[str, Any]]) -> None:
     """Give each group a tensor lr of its own: schedulers write into it in place, group by group."""
     seen: set[int] = set()
     for group in groups:
-        if isinstance(group["lr"], Tensor):
-            group["lr"] = group["lr"].clone() if id(group["lr"]) in seen else group["lr"]
-            seen.add(id(group["lr"]))
+        lr = group.get("lr")
+        if isinstance(lr, Tensor):
+            group["lr"] = lr = lr.clone() if id(lr) in seen else lr
+            seen.add(id(lr))

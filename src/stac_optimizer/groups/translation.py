@@ -81,7 +81,7 @@ def _from_0_3_0(saved: Groups, present_groups: Sequence[Group]) -> Groups:
                 )
             if decays != members[0][1] and first["weight_decay"]:
                 raise ValueError(
-                    f"weight decay is off for {name!r} or {names[0]!r} alone in the checkpoint of 0.3.0; build STAC with "
+                    f"weight decay is off for one of {names[0]!r}, {name!r} in the checkpoint of 0.3.0; build STAC with "
                     "overrides=[(vectors() | biases(), {'weight_decay': 0.0})]"
                 )
         role = ROLES_OF_0_3_0[first["stac_role"]]

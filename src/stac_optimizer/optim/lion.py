@@ -5,7 +5,7 @@ Reference: Symbolic Discovery of Optimization Algorithms (Chen et al.), https://
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -23,7 +23,7 @@ from stac_optimizer.rule import (
     Sums,
     TensorList,
 )
-from stac_optimizer.rule.common import decay_, mask_, signs
+from stac_optimizer.rule.common import decay_, mask_, signs, warning_of_lost_steps
 from stac_optimizer.validation import boolean, pair_of_fractions
 
 if TYPE_CHECKING:
@@ -66,6 +66,9 @@ class LionRule(Rule):
 
     def needs_whole(self, group: Group) -> bool:
         return bool(group["cautious"])
+
+    def warning(self, names: Sequence[str], params: Sequence[Tensor], group: Group) -> str | None:
+        return warning_of_lost_steps(names, params, group)
 
     def walks_on(self, group: Group) -> bool:
         return not group["cautious"]

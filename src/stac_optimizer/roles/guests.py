@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
@@ -92,6 +93,12 @@ class Guest:
         self.optimizer.state = host.state
         if hasattr(self.optimizer, "_params"):  # LBFGS remembers its parameters
             self.optimizer._params = self.optimizer.param_groups[0]["params"]
+
+    @property
+    def needs_closure(self) -> bool:
+        """Whether it cannot step on gradients that are there, as LBFGS."""
+        closure = inspect.signature(type(self.optimizer).step).parameters.get("closure")
+        return closure is not None and closure.default is inspect.Parameter.empty
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Let it step, on gradients that are there or by the closure's."""
@@ -206,4 +213,7 @@ def guest_of(
     """
     from stac_optimizer.roles.own_state import OwnStateGuest, keeps_own_state  # noqa: PLC0415 - seldom needed
 
-    return OwnStateGuest(optimizer, role, function, given) if keeps_own_state(optimizer) else Guest(optimizer, role)
+    if keeps_own_state(optimizer):
+        return OwnStateGuest(optimizer, role, function, given)
+    optimizer.param_groups = list(map(dict, optimizer.param_groups))
+    return Guest(optimizer, role)

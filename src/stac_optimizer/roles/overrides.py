@@ -10,7 +10,7 @@ from stac_optimizer.model.layers import Layers
 from stac_optimizer.model.selectors import Selector
 from stac_optimizer.validation import non_negative
 
-__all__ = ["LR_RATIO", "Overrides", "checked_overrides", "merged", "overrides_by_name"]
+__all__ = ["LR_RATIO", "Overrides", "checked_overrides", "checked_ratio", "merged", "overrides_by_name"]
 
 LR_RATIO = "lr_ratio"
 
@@ -39,12 +39,22 @@ def checked_overrides(overrides: Any) -> list[tuple[Selector, dict[str, Any]]]:
         for key in values:
             if key in STRUCTURE_KEYS:
                 raise ValueError(f"{where} may not set {key!r}, which STAC itself does")
-        if LR_RATIO in values:
-            values[LR_RATIO] = non_negative(f"{where}[{LR_RATIO!r}]", values[LR_RATIO])
-            if "lr" in values:
-                raise ValueError(f"{where} sets both lr and lr_ratio; give one of them")
-        result.append((pair[0], values))
+        result.append((pair[0], checked_ratio(values, f"{where}: ")))
     return result
+
+
+def checked_ratio(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The values, with a checked ``lr_ratio`` where there is one.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is out of range, or stands beside an lr.
+    """
+    if LR_RATIO not in values:
+        return values
+    if "lr" in values:
+        raise ValueError(f"{where}both lr and lr_ratio are given; give one of them")
+    return {**values, LR_RATIO: non_negative(where + LR_RATIO, values[LR_RATIO])}
 
 
 def overrides_by_name(overrides: Sequence[tuple[Selector, Any]], layers: Layers) -> dict[str, tuple[int, ...]]:

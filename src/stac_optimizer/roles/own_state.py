@@ -29,7 +29,7 @@ OptimizerFunction = Callable[[list[dict[str, Any]]], Optimizer]
 def keeps_own_state(optimizer: Optimizer) -> bool:
     """Whether there is more to it than ``state`` and plain group dicts, so that a host cannot share these."""
     is_overridden = type(optimizer).state_dict is not Optimizer.state_dict
-    return is_overridden or any(type(group) is not dict for group in optimizer.param_groups)
+    return is_overridden or any(not isinstance(group, dict) for group in optimizer.param_groups)
 
 
 class OwnStateGuest(Guest):

@@ -13,7 +13,7 @@ from stac_optimizer.groups.keys import STRUCTURE_KEYS
 from stac_optimizer.model.layers import Layers, STACLayer
 from stac_optimizer.model.names import layer_of
 from stac_optimizer.model.partition import STACPartition
-from stac_optimizer.roles.overrides import merged, overrides_by_name
+from stac_optimizer.roles.overrides import checked_ratio, merged, overrides_by_name
 from stac_optimizer.validation import one_of
 
 __all__ = ["ROLES", "GroupPlan", "planned", "planned_as_given"]
@@ -31,6 +31,8 @@ class GroupPlan:
         names: their names; None where they came without.
         values: the hyper-parameters that it has of its own, ``lr_ratio`` among them.
         types: by layer the name of its class, where that is known.
+        is_given: whether a user wrote the group, and not overrides.
+        name: what the user called it.
     """
 
     role: str
@@ -38,6 +40,8 @@ class GroupPlan:
     names: list[str] | None
     values: dict[str, Any] = field(default_factory=dict)
     types: Mapping[str, str] = field(default_factory=dict)
+    is_given: bool = False
+    name: str | None = None
 
     def structure(self, index: int, rule: str) -> dict[str, Any]:
         """What the group says of itself besides parameters and hyper-parameters.
@@ -50,7 +54,7 @@ class GroupPlan:
         return {
             **({} if self.names is None else {"param_names": self.names}),
             "stac_role": self.role,
-            "name": self.role if index == 0 else f"{self.role}_{index}",
+            "name": self.name or (self.role if index == 0 else f"{self.role}_{index}"),
             "rule": rule,
             "layer_names": layers,
             "layer_types": tuple(self.types.get(name, "") for name in layers),
@@ -107,8 +111,10 @@ def planned_as_given(given: Iterable[Any]) -> list[GroupPlan]:
                 role=role,
                 params=[item[1] if isinstance(item, tuple) else item for item in items],
                 names=names or None,
-                values={key: value for key, value in group.items() if key not in STRUCTURE_KEYS},
+                values=checked_ratio({key: group[key] for key in group if key not in STRUCTURE_KEYS}, where),
                 types=dict(zip(group.get("layer_names", ()), group.get("layer_types", ()), strict=False)),
+                is_given=True,
+                name=group.get("name"),
             )
         )
     return plans

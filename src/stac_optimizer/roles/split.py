@@ -73,8 +73,17 @@ def plans_of(
     return planned(layers, partition, checked), layers, partition.moved
 
 
-def warn_of_embeddings(layers: Layers | None, groups: Sequence[Group], rules: Mapping[str, Rule]) -> None:
-    """Warn of embeddings in a trunk whose weights walk on without a gradient; tied ones have gradients everywhere."""
+def warn_of_embeddings(
+    layers: Layers | None, groups: Sequence[Group], rules: Mapping[str, Rule], *, is_own: bool
+) -> None:
+    """Warn of embeddings in a trunk whose weights walk on without a gradient; tied ones have gradients everywhere.
+
+    Args:
+        layers: of the model; None where only groups are known.
+        groups: all groups.
+        rules: by the name that groups hold.
+        is_own: whether the trunk has STAC's own rule.
+    """
     if layers is None:
         return
     walking = {
@@ -90,5 +99,6 @@ def warn_of_embeddings(layers: Layers | None, groups: Sequence[Group], rules: Ma
         warn(
             f"the trunk holds {what} {', '.join(map(repr, found))}: rows of tokens that are absent from a batch keep "
             "moving by the full lr, for the sign of their gradient average outlives their gradient. Pass "
-            "trunk_cautious=True, or put embeddings in the cap with cap=last_layers(1) | embeddings()"
+            f"{'trunk_cautious=True' if is_own else 'cautious=True in trunk_optimizer'}, or put embeddings in the cap "
+            "with cap=last_layers(1) | embeddings()"
         )

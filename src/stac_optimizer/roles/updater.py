@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from stac_optimizer.distributed.vote import MajorityVote
-from stac_optimizer.groups.keys import defaults_of, hyperparameters_of, refuse_near_miss, unshare_lr
+from stac_optimizer.groups.given import RoleGroup
+from stac_optimizer.groups.keys import defaults_of, hyperparameters_of, refuse_near_miss
 from stac_optimizer.optimizer import RuleOptimizer
 from stac_optimizer.roles.guests import MATRIX_CLASSES, Guest, guest_of
 from stac_optimizer.roles.overrides import LR_RATIO
@@ -115,31 +116,38 @@ class Updater:
             params = _pairs(plan) if plan.names is not None and self.native is not None else plan.params
             where = {"stac_role": self.role} if self.native is not None else {}
             given.append({"params": list(params), **where, **base, **_fresh(values)})
-        optimizer = self.function([dict(group) for group in given])
+        optimizer = self.function(list(map(RoleGroup, given)))
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"{self.role}_optimizer must return an optimizer, got {type(optimizer).__name__}")
         groups = self._taken_over(optimizer, plans, given)
         written_lr = self.written.get("lr")
         for index, (plan, group) in enumerate(zip(plans, groups, strict=True)):
-            self._check_keys(plan.values, group, optimizer)
+            self._check_values(plan, group, optimizer)
             if LR_RATIO in plan.values:
                 if "lr" not in group:
                     raise ValueError(f"{self.role}: {type(optimizer).__name__} has no lr for lr_ratio to multiply")
                 group["lr"] = group["lr"] * plan.values[LR_RATIO]
             group.update(plan.structure(index, self.rule.name if self.rule else ""))
-            group.setdefault("error_if_nonfinite", self.offered["error_if_nonfinite"])
+            if self.native is None:  # STAC itself asks for finite gradients, whatever the function has written
+                group["error_if_nonfinite"] = group.get("error_if_nonfinite") or self.offered["error_if_nonfinite"]
             group.setdefault("betas", self.offered["betas"])
             if isinstance(written_lr, Tensor) and group["lr"] is written_lr:
                 group["lr"] = written_lr.clone()  # or it would be one lr of all optimizers that the function makes
-        unshare_lr(group for group in groups if "lr" in group)
         return groups
 
-    def values_of_new_groups(self, *, has_other: bool) -> dict[str, Any]:
-        """What a group that is added later begins with; nothing where that cannot be known."""
+    def values_of_new_groups(self, made: Sequence[Mapping[str, Any]], *, has_other: bool) -> dict[str, Any]:
+        """What a group that is added later begins with; nothing where that cannot be known.
+
+        Args:
+            made: the role's groups.
+            has_other: whether there is another role beside it.
+        """
         if self.guest is not None:
             return self._base(has_other=has_other)
-        if self.native is None:
-            return {}
+        if self.native is None:  # a function that has written all of an optimizer of this package
+            rule = self.rule
+            keys = () if rule is None else (*hyperparameters_of(rule), "betas", "rule")
+            return {key: made[0][key] for key in keys} if made else {}
         known = hyperparameters_of(self.native)
         written = {key: value for key, value in self.written.items() if key in known}
         if "vote" in written:
@@ -165,16 +173,19 @@ class Updater:
             )
         return groups
 
-    def _check_keys(self, values: Iterable[str], group: Mapping[str, Any], optimizer: Optimizer) -> None:
-        """Refuse overrides that nothing would read."""
+    def _check_values(self, plan: GroupPlan, group: Mapping[str, Any], optimizer: Optimizer) -> None:
+        """Refuse overrides that nothing would read, and what a foreign optimizer does not check in groups."""
+        where = f"{self.role}: "
         if isinstance(optimizer, RuleOptimizer):
-            known: Iterable[str] = hyperparameters_of(optimizer.rule)
+            known = {*hyperparameters_of(optimizer.rule), LR_RATIO}
         else:
-            known = {*optimizer.defaults, *(key for key in group if key not in values)}
-        for key in values:
-            if key not in (*known, LR_RATIO) and key not in COMMON_HYPERPARAMETERS:
-                where = f"{self.role}: "
-                refuse_near_miss([key], list(known), where)
+            own = {key for key in group if key not in plan.values}
+            known = {*optimizer.defaults, *own, LR_RATIO, "error_if_nonfinite"}
+            for key in plan.values.keys() & COMMON_HYPERPARAMETERS.keys():
+                COMMON_HYPERPARAMETERS[key].check(where + key, plan.values[key])
+        refuse_near_miss(plan.values, known, where)
+        for key in () if plan.is_given else plan.values:
+            if key not in known:
                 raise ValueError(
                     f"{where}{key!r} is no hyper-parameter of {type(optimizer).__name__}, which has "
                     f"{', '.join(sorted(known))}; select parameters of the other role alone, or leave it out"

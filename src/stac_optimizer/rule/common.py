@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stac_optimizer.distributed.shards import local_views
 from stac_optimizer.rule.hyperparameters import Group
 from stac_optimizer.rule.preparation import Sums
+from stac_optimizer.tensors.precision import LOW_PRECISION
 
-__all__ = ["LEAST_MASK_MEAN", "decay_", "mask_", "signs"]
+__all__ = ["LEAST_MASK_MEAN", "decay_", "mask_", "signs", "warning_of_lost_steps"]
 
 # Liang et al. divide the masked step by the mean of the mask, floored by this.
 LEAST_MASK_MEAN = 1e-3
@@ -49,3 +51,27 @@ def mask_(directions: Sequence[Tensor], grads: Sequence[Tensor], sums: Sums) -> 
         mean = count.to(mask.dtype)
         mean = mean.div_(torch.full_like(mean, max(numel, 1))).clamp_(min=LEAST_MASK_MEAN)
         direction.mul_(mask.div_(mean))
+
+
+def warning_of_lost_steps(names: Sequence[str], params: Sequence[Tensor], group: Group) -> str | None:
+    """Of a rule whose steps are lr long: which low-precision weights the lr cannot move, and what to do; or None."""
+    if group["stochastic_rounding"]:
+        return None
+    lr = group["lr"].item() if isinstance(group["lr"], Tensor) else group["lr"]
+    stuck = [name for name, param in zip(names, params, strict=True) if _is_step_lost(param, lr)]
+    if not stuck:
+        return None
+    return (
+        f"an lr of {lr:g} is less than half the spacing between neighbouring values for most weights of "
+        f"{', '.join(map(repr, stuck))}, so their steps round to nothing. Use stochastic_rounding=True with bfloat16, "
+        "keep float32 weights (and compute under torch.autocast) or raise the lr (trunk_lr)"
+    )
+
+
+def _is_step_lost(param: Tensor, lr: float) -> bool:
+    if param.dtype not in LOW_PRECISION or param.is_meta or not param.numel() or not lr:
+        return False
+    param = local_views([param.detach()])[0]
+    weights = param.float()
+    stays = ((weights - lr).to(param.dtype) == param) & ((weights + lr).to(param.dtype) == param)
+    return bool(stays.float().mean() > 0.5)

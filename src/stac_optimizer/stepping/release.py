@@ -30,7 +30,7 @@ class Releasable(Protocol):
     param_groups: list[dict[str, Any]]
     _release: GradientRelease | None
 
-    def _update(self, groups: Sequence[Group], position: int | None = None) -> bool:
+    def _update(self, groups: Sequence[Group], position: int | None = None) -> None:
         """Update what has a gradient in these groups, or raise before any of it has changed."""
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from stac_optimizer.distributed.shards import is_sharded, is_sharded_by_row, local_views, real_parts, run_offset
+from stac_optimizer.distributed.shards import is_sharded, is_sharded_by_row, real_parts, run_offset
 from stac_optimizer.distributed.vote import ENCODINGS, MajorityVote, Voters
 from stac_optimizer.optim.signum.arithmetic import SignUpdate
 from stac_optimizer.optim.signum.foreach import multi_tensor
@@ -25,10 +25,10 @@ from stac_optimizer.optim.signum.single import single_tensor
 from stac_optimizer.optim.signum.vote import average_state, by_vote
 from stac_optimizer.optimizer import RuleOptimizer
 from stac_optimizer.rule import COUNTER, Flags, Group, Hyperparameter, Rule, StateTensor, StepInputs
+from stac_optimizer.rule.common import warning_of_lost_steps
 from stac_optimizer.rule.state import count_step_
 from stac_optimizer.tensors import codes, rounding
 from stac_optimizer.tensors.pieces import Lists
-from stac_optimizer.tensors.precision import LOW_PRECISION
 from stac_optimizer.validation import boolean, one_of, unit_fraction
 
 if TYPE_CHECKING:
@@ -123,18 +123,7 @@ class SignumRule(Rule):
         return super().parameter_problem(param, group)
 
     def warning(self, names: Sequence[str], params: Sequence[Tensor], group: Group) -> str | None:
-        """Warn of low-precision weights that the lr cannot move."""
-        if group["stochastic_rounding"]:
-            return None
-        lr = group["lr"].item() if isinstance(group["lr"], Tensor) else group["lr"]
-        stuck = [name for name, param in zip(names, params, strict=True) if _is_step_lost(param, lr)]
-        if not stuck:
-            return None
-        return (
-            f"an lr of {lr:g} is less than half the spacing between neighbouring values for most weights of "
-            f"{', '.join(map(repr, stuck))}, so their steps round to nothing. Use stochastic_rounding=True with "
-            "bfloat16, keep float32 weights (and compute under torch.autocast) or raise the lr (trunk_lr)"
-        )
+        return warning_of_lost_steps(names, params, group)
 
     def path(self, params: Sequence[Tensor], group: Group) -> str:
         path = super().path(params, group)
@@ -205,15 +194,6 @@ def _by_state_kind(inputs: StepInputs, seeds: Tensor | None) -> list[SignUpdate]
     coded, plain = ([i for i, flag in enumerate(are_coded) if flag is kind] for kind in (True, False))
     rest = work.using(work.params, Lists(lists.params, lists.grads, lists.states), seeds)
     return [part.only(chosen) for part, chosen in ((work, coded), (rest, plain)) if chosen]
-
-
-def _is_step_lost(param: Tensor, lr: float) -> bool:
-    if param.dtype not in LOW_PRECISION or param.is_meta or not param.numel() or not lr:
-        return False
-    param = local_views([param.detach()])[0]
-    weights = param.float()
-    stays = ((weights - lr).to(param.dtype) == param) & ((weights + lr).to(param.dtype) == param)
-    return bool(stays.float().mean() > 0.5)
 
 
 class Signum(RuleOptimizer):
