@@ -19,6 +19,7 @@ from distributed_report import Report
 from tests.ranks import run_ranks
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+MEASURED = (Path(__file__).parents[1] / "examples" / "README.md").read_text(encoding="utf-8")
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_distributed.py"
 SMALL = ["--steps", "6", "--batch-size", "12", "--context", "64", "--width", "16", "--depth", "1", "--heads", "2"]
 EVERY = ["--validate-every", "2"]
@@ -91,9 +92,9 @@ def test_readme_example_of_many_processes_leaves_ranks_alike() -> None:
     assert first == second
 
 
-def test_costs_on_paper_are_those_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
+def test_costs_on_paper_are_those_that_are_written_down(capsys: pytest.CaptureFixture[str]) -> None:
     for table in distributed_costs.main().split("\n\n"):
-        assert f"\n\n{table}\n\n" in README
+        assert f"\n\n{table}\n\n" in MEASURED
     assert "7 B | 1,024" in capsys.readouterr().out
 
 

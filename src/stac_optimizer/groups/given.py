@@ -16,7 +16,16 @@ __all__ = ["RoleGroup", "given_groups", "given_params", "settle_names"]
 
 
 class RoleGroup(dict[str, Any]):
-    """A group of a role of STAC, which itself asks other ranks, and warns, once its groups are complete."""
+    """A group of a role of STAC, which itself asks other ranks, and warns, once its groups are complete.
+
+    Args:
+        values: what it holds.
+        where: what stands before a name in a message.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        super().__init__(values)
+        self.where = where
 
 
 def given_groups(params: Any, rule: Rule, defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -54,6 +63,7 @@ def _as_dicts(given: list[Any]) -> list[Any]:
 def _given_group(group: Any, where: str, rule: Rule, defaults: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(group, Mapping):
         raise TypeError(f"{where}expected a dict, as the first group is one, got {type(group).__name__}")
+    where = group.where if isinstance(group, RoleGroup) else where
     refuse_near_miss(group, hyperparameters_of(rule), where)
     items = given_params(group, where)
     names = [item[0] for item in items if isinstance(item, tuple)]

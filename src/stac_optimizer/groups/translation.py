@@ -81,8 +81,8 @@ def _from_0_3_0(saved: Groups, present_groups: Sequence[Group]) -> Groups:
                 )
             if decays != members[0][1] and first["weight_decay"]:
                 raise ValueError(
-                    f"weight decay is off for one of {names[0]!r}, {name!r} in the checkpoint of 0.3.0; build STAC with "
-                    "overrides=[(vectors() | biases(), {'weight_decay': 0.0})]"
+                    f"weight decay is off for one of {names[0]!r}, {name!r} in this checkpoint of 0.3.0; build STAC "
+                    "with overrides=[(vectors() | biases(), {'weight_decay': 0.0})]"
                 )
         role = ROLES_OF_0_3_0[first["stac_role"]]
         own = {"momentum": 0.0} if role == "trunk" else {key: first[key] for key in ("eps", "amsgrad")}

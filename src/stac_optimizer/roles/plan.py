@@ -31,8 +31,10 @@ class GroupPlan:
         names: their names; None where they came without.
         values: the hyper-parameters that it has of its own, ``lr_ratio`` among them.
         types: by layer the name of its class, where that is known.
+        where: what stands before a name in a message.
         is_given: whether a user wrote the group, and not overrides.
         name: what the user called it.
+        rule: what the user says that updates it.
     """
 
     role: str
@@ -40,8 +42,10 @@ class GroupPlan:
     names: list[str] | None
     values: dict[str, Any] = field(default_factory=dict)
     types: Mapping[str, str] = field(default_factory=dict)
+    where: str = ""
     is_given: bool = False
     name: str | None = None
+    rule: str | None = None
 
     def structure(self, index: int, rule: str) -> dict[str, Any]:
         """What the group says of itself besides parameters and hyper-parameters.
@@ -114,7 +118,9 @@ def planned_as_given(given: Iterable[Any]) -> list[GroupPlan]:
                 values=checked_ratio({key: group[key] for key in group if key not in STRUCTURE_KEYS}, where),
                 types=dict(zip(group.get("layer_names", ()), group.get("layer_types", ()), strict=False)),
                 is_given=True,
+                where=where,
                 name=group.get("name"),
+                rule=group.get("rule"),
             )
         )
     return plans

@@ -116,7 +116,8 @@ class Updater:
             params = _pairs(plan) if plan.names is not None and self.native is not None else plan.params
             where = {"stac_role": self.role} if self.native is not None else {}
             given.append({"params": list(params), **where, **base, **_fresh(values)})
-        optimizer = self.function(list(map(RoleGroup, given)))
+        wheres = [plan.where or f"{self.role}: " for plan in plans]
+        optimizer = self.function(list(map(RoleGroup, given, wheres)))
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"{self.role}_optimizer must return an optimizer, got {type(optimizer).__name__}")
         groups = self._taken_over(optimizer, plans, given)
@@ -175,7 +176,13 @@ class Updater:
 
     def _check_values(self, plan: GroupPlan, group: Mapping[str, Any], optimizer: Optimizer) -> None:
         """Refuse overrides that nothing would read, and what a foreign optimizer does not check in groups."""
-        where = f"{self.role}: "
+        where = plan.where or f"{self.role}: "
+        rule = self.rule.name if self.rule else ""
+        if plan.rule not in (None, rule):
+            raise ValueError(
+                f"{where}rule is {plan.rule!r}, and {rule!r} updates the {self.role}; leave it out, or pass "
+                f"{self.role}_optimizer"
+            )
         if isinstance(optimizer, RuleOptimizer):
             known = {*hyperparameters_of(optimizer.rule), LR_RATIO}
         else:
