@@ -98,9 +98,9 @@ def run(model: nn.Module, optimizer: Any, kind: str, steps: Iterable[int], *, co
                 errors = (model(inputs) - targets).square()
                 loss: Tensor = errors.mean(1) if kind == "vector" else errors.mean()
                 loss = loss + sum(weight.square().sum() for weight in model.parameters()) if convex else loss
-            if backward:
-                optimizer.zero_grad()
-                loss.sum().backward()
+                if backward:
+                    optimizer.zero_grad()
+                    loss.sum().backward()
             return loss
 
         optimizer.step(*([] if kind == "none" and [closure()] else [closure]))
@@ -114,7 +114,8 @@ def is_same(one: list[Tensor], other: list[Tensor]) -> bool:
 
 def differences(build: Any, expected: list[Tensor], step: Any) -> list[str]:
     """In what STAC differs from torchzero alone: in its steps, after a checkpoint, in a copy."""
-    pairs = [(model, STAC(model, last_n_layers=0, trunk_optimizer=build)) for model in (network(0), network(1))]
+    models = network(0), network(1)
+    pairs: list[Any] = [(model, STAC(model, last_n_layers=0, trunk_optimizer=build)) for model in models]
     path = step(*pairs[0], steps=range(SAVED_AT))
     file = io.BytesIO()
     torch.save([each.state_dict() for each in pairs[0]], file)

@@ -92,7 +92,7 @@ def trained(shard: Sharding, arguments: dict[str, Any]) -> dict[str, Any]:
     held = {name: (param.detach(), optimizer.state[param]) for name, param in model.named_parameters()}
     for name, (param, state) in held.items():
         for key, value in state.items():
-            is_cut = isinstance(param, DTensor) and key != "step" and not (key == "exp_avg_scale" and not value.numel())
+            is_cut = isinstance(param, DTensor) and key != "step"
             assert isinstance(value, DTensor) == is_cut, (name, key)
     return {
         name: (full(param), {key: full(value) for key, value in state.items()}) for name, (param, state) in held.items()

@@ -20,6 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from stac_optimizer import STAC, named
 from stac_optimizer.distributed.agreement import check_agreement, scope_of
+from stac_optimizer.optim import Lion
 from tests.ranks import run_ranks
 from tests.support import small_model
 
@@ -64,15 +65,16 @@ def _message(build: Callable[[], STAC]) -> str:
 FLAGS: dict[str, tuple[dict[str, Any], str]] = {
     "last-n-layers": ({"last_n_layers": 2}, "parameter 2 is '1.weight' (trunk) on {0}; '1.weight' (cap) on {1}"),
     "no-cap": ({"last_n_layers": 0}, "parameter 4 is '3.weight' (cap) on {0}; '3.weight' (trunk) on {1}"),
-    "momentum": ({"trunk_momentum": 0.5}, "trunk_momentum of group 0 (trunk) is 0.9 on {0}; 0.5 on {1}"),
-    "cautious": ({"trunk_cautious": True}, "trunk_cautious of group 0 (trunk) is False on {0}; True on {1}"),
+    "momentum": ({"trunk_momentum": 0.5}, "momentum of group 0 (trunk) is 0.9 on {0}; 0.5 on {1}"),
+    "cautious": ({"trunk_cautious": True}, "cautious of group 0 (trunk) is False on {0}; True on {1}"),
     "lr": ({"lr": 2e-3}, "lr of group 0 (trunk) is 0.00075 on {0}; 0.0015 on {1}"),
     "tensor-lr": ({"lr": torch.tensor(0.5)}, "lr of group 0 (trunk) is 0.00075 on {0}; 0.375 on {1}"),
     "cap-decay": ({"cap_weight_decay": 0.1}, "weight_decay of group 1 (cap) is 0.0 on {0}; 0.1 on {1}"),
-    "amsgrad": ({"amsgrad": True}, "amsgrad of group 0 (trunk) is False on {0}; True on {1}"),
+    "amsgrad": ({"amsgrad": True}, "amsgrad of group 1 (cap) is False on {0}; True on {1}"),
     "seed": ({"rounding_seed": 7}, "rounding_seed of group 0 (trunk) is 0 on {0}; 7 on {1}"),
     "finite": ({"error_if_nonfinite": True}, "error_if_nonfinite of group 0 (trunk) is False on {0}; True on {1}"),
-    "state": ({"trunk_state_dtype": "int8"}, "trunk_state_dtype of group 0 (trunk) is None on {0}; 'int8' on {1}"),
+    "rule": ({"trunk_optimizer": Lion}, "rule of group 0 (trunk) is 'signum' on {0}; 'lion' on {1}"),
+    "state": ({"trunk_state_dtype": "int8"}, "state_dtype of group 0 (trunk) is None on {0}; 'int8' on {1}"),
 }
 
 
@@ -170,7 +172,7 @@ def _on_a_grid(odd: int) -> str:
 @pytest.mark.parametrize("odd", [0, 3])
 def test_every_rank_of_a_mesh_learns_of_the_same_difference(odd: int) -> None:
     (message,) = set(run_ranks(_on_a_grid, 4, odd))
-    assert message.startswith("ranks disagree on the optimizer: amsgrad of group 0 (trunk) is ")
+    assert message.startswith("ranks disagree on the optimizer: amsgrad of group 1 (cap) is ")
     assert f"True on rank {odd}" in message
 
 

@@ -132,4 +132,4 @@ def _meet_nan(kind: str) -> str:
 
 @pytest.mark.parametrize(("kind", "name"), [("sharded", "1.weight"), ("replicated", "0.weight"), ("mixed", "1.weight")])
 def test_nan_on_one_rank_is_refused_on_every_rank(kind: str, name: str) -> None:
-    assert run_ranks(_meet_nan, 3, kind, timeout=30) == [f"the gradient of {name!r} (trunk)"] * 3
+    assert run_ranks(_meet_nan, 3, kind, timeout=30) == [f"non-finite gradients: that of {name!r} (trunk)"] * 3

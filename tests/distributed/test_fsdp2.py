@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.distributed.tensor import Placement, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from stac_optimizer import STAC
+from stac_optimizer.optim import Lion
 from stac_optimizer.tensors import cutting
 from tests.ranks import run_ranks
 from tests.sharded import Gradients, assert_shards_step_as_whole, distributed, full, shard_each, shard_in_part
@@ -51,11 +53,26 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         "trunk_cautious": True,
         "trunk_state_dtype": torch.int8,
     },
+    "lion": {"trunk_optimizer": Lion, "weight_decay": 0.1},
+    "lion-cautious-maximize": {"trunk_optimizer": partial(Lion, cautious=True), "maximize": True},
+    "lion-cautious-rounding": {
+        "dtype": torch.bfloat16,
+        "stochastic_rounding": True,
+        "trunk_optimizer": partial(Lion, cautious=True, foreach=False),
+    },
 }
+# Three ranks cut everything unevenly; with two and four others run out of rows.
+EVERYWHERE = ("default", "cautious", "all-cap-fused", "int8-state", "rounding-cautious-int8", "lion-cautious-rounding")
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-@pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=list(ARGUMENTS))
+@pytest.mark.parametrize(
+    ("arguments", "world_size"),
+    [
+        pytest.param(arguments, world_size, id=f"{name}-{world_size}")
+        for name, arguments in ARGUMENTS.items()
+        for world_size in ((2, 3, 4) if name in EVERYWHERE else (3,))
+    ],
+)
 def test_shards_step_as_whole_ones(arguments: dict[str, Any], world_size: int, tmp_path: Path) -> None:
     assert_shards_step_as_whole(shard_each, world_size, arguments, tmp_path)
 
@@ -109,10 +126,18 @@ MESHES: dict[str, tuple[Any, dict[str, Any]]] = {
     "in-part": (shard_in_part, {}),
     "rows-and-columns": (shard_columns, {}),
 }
-ON_MESHES = ("default", "cautious", "all-cap-fused", "int8-state", "rounding-cautious-int8", "rounding-all-cap")
+ON_MESHES = (
+    "default",
+    "cautious",
+    "all-cap-fused",
+    "int8-state",
+    "rounding-cautious-int8",
+    "rounding-all-cap",
+    "lion-cautious-rounding",
+)
 # These need whole rows.
-UNFIT = {"rows-and-columns": {"int8-state", "rounding-cautious-int8", "rounding-all-cap"}}
-UNFIT["tensor-parallel"] = {"rounding-cautious-int8", "rounding-all-cap"}
+UNFIT = {"rows-and-columns": {"int8-state", "rounding-cautious-int8", "rounding-all-cap", "lion-cautious-rounding"}}
+UNFIT["tensor-parallel"] = {"rounding-cautious-int8", "rounding-all-cap", "lion-cautious-rounding"}
 MESH_CASES = [
     pytest.param(*MESHES[mesh], ARGUMENTS[name], id=f"{mesh}-{name}")
     for mesh in MESHES

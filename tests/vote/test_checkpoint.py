@@ -121,6 +121,6 @@ def test_checkpoint_goes_between_voting_and_averaging(tmp_path: Path) -> None:
         other = small_model()
         voter = voting(other)
         voter.load_state_dict(plain.state_dict())
-        assert voter.param_groups[0]["trunk_vote"] == "ternary"
+        assert voter.param_groups[0]["vote"] == "ternary"
         plain.load_state_dict(voter.state_dict())
-    assert plain.param_groups[0]["trunk_vote"] is None
+    assert plain.param_groups[0]["vote"] is None

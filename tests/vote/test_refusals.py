@@ -18,7 +18,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from stac_optimizer import STAC, MajorityVote, vote
+from stac_optimizer import STAC, MajorityVote
+from stac_optimizer.distributed import vote
+from stac_optimizer.optim import Signum
 from tests.ranks import run_ranks
 from tests.runs import process_group
 from tests.support import assert_same_bits, seeded_loss, set_gradients, small_model, snapshot
@@ -187,13 +189,13 @@ def test_rank_that_dies_is_an_error_on_the_others(constructed: bool) -> None:
 @pytest.mark.parametrize(
     ("arguments", "other"),
     [
-        ({"trunk_cautious": True}, "trunk_cautious"),
+        ({"trunk_cautious": True}, "cautious"),
         ({"capturable": True}, "capturable"),
         ({"differentiable": True}, "differentiable"),
     ],
 )
 def test_flags_that_a_vote_excludes(tmp_path: Path, arguments: dict[str, Any], other: str) -> None:
-    with process_group(tmp_path), pytest.raises(ValueError, match=f"trunk_vote and {other} exclude each other"):
+    with process_group(tmp_path), pytest.raises(ValueError, match=f"vote and {other} exclude each other"):
         STAC(small_model(), vote=MajorityVote(), **arguments)
 
 
@@ -222,9 +224,11 @@ def test_bad_arguments_are_refused(arguments: dict[str, Any], error: Any, messag
 
 
 def test_groups_cannot_vote_by_themselves(tmp_path: Path) -> None:
-    groups = [{"params": list(small_model().parameters()), "stac_role": "trunk", "trunk_vote": "binary"}]
-    with pytest.raises(ValueError, match=r"group 0: trunk_vote is 'binary', .* it is None"):
+    groups = [{"params": list(small_model().parameters()), "stac_role": "trunk", "vote": "binary"}]
+    with pytest.raises(ValueError, match=r"group 0: vote is 'binary', .* it is None"):
         STAC(groups)
+    with pytest.raises(ValueError, match=r"group 0: vote is 'binary', .* it is None"):
+        Signum([{"params": groups[0]["params"], "vote": "binary"}])
     with process_group(tmp_path), pytest.raises(ValueError, match=r"it is 'ternary'"):
         STAC(groups, vote=MajorityVote())
 
@@ -239,7 +243,7 @@ def test_released_gradients_and_votes_exclude_each_other(tmp_path: Path) -> None
     with process_group(tmp_path):
         model = small_model()
         optimizer = STAC(model, vote=MajorityVote())
-        with pytest.raises(RuntimeError, match="trunk_vote='ternary'"):
+        with pytest.raises(RuntimeError, match="vote='ternary'"):
             optimizer.release_gradients(model)
 
 
@@ -262,11 +266,11 @@ def test_process_group_of_its_own_keeps_an_optimizer_from_being_pickled() -> Non
 DIFFERENCES: dict[str, tuple[dict[str, Any], str]] = {
     "encoding": (
         {"vote": MajorityVote(encoding="binary")},
-        "trunk_vote of group 0 (trunk) is 'ternary' on rank 0; 'binary'",
+        "vote of group 0 (trunk) is 'ternary' on rank 0; 'binary'",
     ),
-    "no-vote": ({"vote": None}, "trunk_vote of group 0 (trunk) is 'ternary' on rank 0; None on rank 1"),
+    "no-vote": ({"vote": None}, "vote of group 0 (trunk) is 'ternary' on rank 0; None on rank 1"),
     "layers": ({"last_n_layers": 2}, "parameter 2 is '1.weight' (trunk) on rank 0; '1.weight' (cap) on rank 1"),
-    "momentum": ({"trunk_momentum": 0.5}, "trunk_momentum of group 0 (trunk) is 0.9 on rank 0; 0.5 on rank 1"),
+    "momentum": ({"trunk_momentum": 0.5}, "momentum of group 0 (trunk) is 0.9 on rank 0; 0.5 on rank 1"),
 }
 
 

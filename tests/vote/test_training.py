@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from stac_optimizer import STAC, MajorityVote
+from stac_optimizer.optim import Lion, Signum
 from tests.ranks import run_ranks
 from tests.support import assert_same_bits, seeded_loss, small_model
 from tests.voting import seed_of, voting
@@ -65,25 +67,26 @@ def test_who_averages_the_cap_makes_no_difference() -> None:
 
 
 def wrapped_inside() -> Weights:
-    """A trunk wrapped by itself within the model, and a trunk group whose rule is not a vote's."""
+    """A trunk wrapped by itself within the model, and a rule of another sign that does not vote."""
     torch.manual_seed(0)
     model = nn.Sequential(
         DistributedDataParallel(nn.Linear(6, 5)), DistributedDataParallel(nn.Linear(5, 4)), nn.Linear(4, 3)
     )
     optimizer = voting(model)
-    adamw = small_model()
+    lion = small_model()
     groups = [
-        {"params": list(adamw[0].named_parameters("0")), "stac_role": "trunk"},
-        {"params": list(adamw[1].named_parameters("1")), "stac_role": "trunk", "rule": "adamw"},
-        {"params": list(adamw[3].named_parameters("3")), "stac_role": "cap"},
+        {"params": list(lion[0].named_parameters("0")), "stac_role": "trunk"},
+        {"params": list(lion[1].named_parameters("1")), "stac_role": "cap", "weight_decay": 0.1},
+        {"params": list(lion[3].named_parameters("3")), "stac_role": "cap"},
     ]
-    explicit = STAC(groups, lr=1e-2, vote=MajorityVote())
+    signum = partial(Signum, vote=MajorityVote())
+    explicit = STAC(groups, lr=1e-2, trunk_optimizer=signum, cap_optimizer=Lion)
     for step in range(4):
-        for each, held in ((model, optimizer), (adamw, explicit)):
+        for each, held in ((model, optimizer), (lion, explicit)):
             held.zero_grad()
             seeded_loss(each, seed_of(step)).backward()
             held.step()
-    return {**model.state_dict(), **{f"adamw.{name}": weight for name, weight in adamw.state_dict().items()}}
+    return {**model.state_dict(), **{f"lion.{name}": weight for name, weight in lion.state_dict().items()}}
 
 
 def test_parts_that_are_wrapped_by_themselves_and_rules_that_do_not_vote() -> None:

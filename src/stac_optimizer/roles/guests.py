@@ -63,9 +63,6 @@ class GuestRule(Rule):
             return "and its gradient are not both DTensors; distribute the gradient as the parameter is"
         return None
 
-    def nbytes(self, param: Tensor, state: Mapping[str, Any], group: Group) -> int:
-        return sum(tensor.nbytes for tensor in tensors_in(state))
-
 
 class Guest:
     """A foreign optimizer that updates a role.

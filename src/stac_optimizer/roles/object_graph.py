@@ -185,10 +185,10 @@ class GraphReader:
             if "class" in node:
                 self._read_object(number, node, living)
             else:
-                self._made[number] = self._code(node, living) if "code" in node else self._leaf_or_partial(node)
+                self._made[number] = self._code(node, living) if "code" in node else self._leaf(node, living)
         return self._made[number]
 
-    def _leaf_or_partial(self, node: Node) -> Any:
+    def _leaf(self, node: Node, living: Any) -> Any:
         if "tensor" in node:
             tensor: Tensor = node["tensor"]
             device = tensor.device if node["beside"] is None else self._params[node["beside"]].device
@@ -204,11 +204,15 @@ class GraphReader:
         if "array" in node:
             array = node["array"].numpy()
             return array[()] if node["scalar"] else array
-        function, args, keywords = (self.read(part) for part in node["partial"])
-        partial: Any = functools.partial(function, *args)
+        return self._partial(node, living)
+
+    def _partial(self, node: Node, living: Any) -> Any:
+        before = (living.func, living.args, living.keywords) if isinstance(living, functools.partial) else [None] * 3
+        parts = [self.read(part, old) for part, old in zip(node["partial"], before, strict=True)]
+        made: Any = functools.partial(parts[0])
         # The very dict of keywords, which is filled later.
-        partial.__setstate__((function, args, keywords, {}))
-        return partial
+        made.__setstate__((*parts, {}))
+        return made
 
     def _code(self, node: Node, living: Any) -> Any:
         owner = self.read(node.get("owner"), getattr(living, "__self__", None))

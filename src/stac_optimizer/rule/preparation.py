@@ -6,7 +6,7 @@ gradients, counting, and blocks or lists of bounded memory (Note [Units of work]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -17,7 +17,7 @@ from stac_optimizer.rule.hyperparameters import Group
 from stac_optimizer.rule.inputs import StateLists, StepInputs, TensorList
 from stac_optimizer.rule.state import count_step_
 from stac_optimizer.tensors import rounding
-from stac_optimizer.tensors.cutting import block_numel, blocks, filled
+from stac_optimizer.tensors.cutting import block_numel, filled, units
 from stac_optimizer.tensors.layouts import indices_by_device_and_dtype
 from stac_optimizer.tensors.pieces import Lists, Piece, Unit, is_recorded
 from stac_optimizer.tensors.precision import arithmetic_dtype
@@ -50,10 +50,15 @@ Update: TypeAlias = Callable[[TensorList, TensorList, StateLists, Group, Sums], 
 
 
 class _Part(NamedTuple):
-    """A piece of the parameter at this place of the lists."""
+    """A piece of the parameters at these places of the lists.
 
-    place: int
+    Args:
+        piece: the piece.
+        unit: whose members are those places, several of a pack.
+    """
+
     piece: Piece
+    unit: Unit
 
 
 def step_prepared(inputs: StepInputs, update: Update, *, is_whole: bool) -> None:
@@ -74,27 +79,40 @@ def step_prepared(inputs: StepInputs, update: Update, *, is_whole: bool) -> None
     seeds = _noise_seeds(inputs, len(keys)) if inputs.group["stochastic_rounding"] else []
     for indices in indices_by_device_and_dtype(lists.flat()):
         group = {**inputs.group, "lr": _prepared_lr(inputs.group["lr"], lists.params[indices[0]].device)}
-        for parts in _parts(lists, indices, is_whole=is_whole, one_by_one=group["foreach"] is False):
+        is_single = group["foreach"] is False
+        made = _whole(lists, indices) if is_whole else _cut(lists, indices, inputs.states["step"])
+        for parts in _together(made, is_single=is_single):
             _update_parts(inputs, group, keys, parts, update, seeds)
 
 
-def _parts(lists: Lists, indices: Sequence[int], *, is_whole: bool, one_by_one: bool) -> Iterator[list[_Part]]:
-    """What is updated together: single parts, or lists of about one block's elements."""
-    is_whole = is_whole or is_recorded()
-    parts = [
-        _Part(index, piece)
-        for index in indices
-        for piece in (
-            [Piece(lists.at(index), strides=lists.params[index].stride())]
-            if is_whole
-            else blocks(lists.at(index), numel=block_numel(lists.params[index]))
-        )
-    ]
-    if one_by_one:
-        yield from ([part] for part in parts)
-    elif parts:
-        sizes = [part.piece.tensors.param.numel() for part in parts]
-        yield from filled(parts, sizes, block_numel(parts[0].piece.tensors.param))
+def _whole(lists: Lists, indices: Sequence[int]) -> Iterator[_Part]:
+    for index in indices:
+        yield _Part(Piece(lists.at(index), strides=lists.params[index].stride()), Unit((), (index,)))
+
+
+def _cut(lists: Lists, indices: Sequence[int], steps: Sequence[Tensor]) -> Iterator[_Part]:
+    """Blocks and packs; what is in one pack has taken as many steps."""
+    by_step: dict[float, list[int]] = {}
+    for index in indices:
+        is_told = lists.params[index].is_cpu and not is_recorded()
+        by_step.setdefault(steps[index].item() if is_told else 0.0, []).append(index)
+    for same in by_step.values():
+        for unit in units(lists.only(same)):
+            places = Unit((), tuple([same[member] for member in unit.members]), unit.sizes)
+            yield from (_Part(piece, places) for piece in unit.pieces)
+
+
+def _together(parts: Iterable[_Part], *, is_single: bool) -> Iterator[list[_Part]]:
+    """What is updated together: single pieces and packs, or lists of about one block's elements."""
+    waiting: list[_Part] = []
+    for part in parts:
+        if is_single or part.unit.sizes:  # a pack is written back when the next is asked for
+            yield [part]
+        else:
+            waiting.append(part)
+    if waiting:
+        sizes = [part.piece.tensors.param.numel() for part in waiting]
+        yield from filled(waiting, sizes, block_numel(waiting[0].piece.tensors.param))
 
 
 def _update_parts(
@@ -110,16 +128,15 @@ def _update_parts(
     dtype = arithmetic_dtype(stored[0][0].dtype)
     weights, *averages = [[tensor.to(dtype) for tensor in tensors] for tensors in stored]
     grads = [_prepared_gradient(part.piece.tensors.grad, dtype, inputs) for part in parts]
-    steps = inputs.states["step"]
-    state = {"step": [steps[part.place] for part in parts], **dict(zip(keys, averages, strict=True))}
-    update(weights, grads, state, group, Sums([inputs.params[part.place] for part in parts]))
+    firsts = [part.unit.members[0] for part in parts]
+    state = {"step": [inputs.states["step"][first] for first in firsts], **dict(zip(keys, averages, strict=True))}
+    update(weights, grads, state, group, Sums([inputs.params[first] for first in firsts]))
     for kind, (results, tensors) in enumerate(zip((weights, *averages), stored, strict=True)):
         for part, result, tensor in zip(parts, results, tensors, strict=True):
             if result is tensor:
                 continue
             if seeds and tensor.dtype == torch.bfloat16:
-                unit = Unit([part.piece], (part.place,))
-                rounding.round_into(result, tensor, rounding.noise_of(part.piece, unit, seeds[kind]))
+                rounding.round_into(result, tensor, rounding.noise_of(part.piece, part.unit, seeds[kind]))
             else:
                 tensor.copy_(result)
 
