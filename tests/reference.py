@@ -37,7 +37,8 @@ def _sign(values: Array) -> Array:
 def _cautious(direction: Array, g: Array) -> Array:
     """What agrees with the gradient, divided by the share of it in the whole tensor (arXiv 2411.16085)."""
     mask = (direction * g > 0).astype(np.float64)
-    return direction * mask / max(mask.mean(), 1e-3)
+    result: Array = direction * mask / max(mask.mean(), 1e-3)
+    return result
 
 
 def signum(p: Array, g: Array, state: State, h: Mapping[str, Any]) -> Result:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
@@ -175,6 +175,8 @@ class RuleOptimizer(Optimizer):
         self._check_votes(groups, None if self._voters is None else self._voters.vote.encoding)
         self.param_groups.extend(groups)
         unshare_lr(self.param_groups)
+        if self._voters is not None:
+            self._voters.keep(p for group in groups if self._rules[group["rule"]].votes for p in group["params"])
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -228,16 +230,18 @@ class RuleOptimizer(Optimizer):
             else:
                 found_inf = None
         makes_state = self._check(groups, is_first=position is None and not self.state, is_scaled=is_scaled)
-        if position is None and not (makes_state or torch.compiler.is_compiling()):
+        if position is not None:
+            self._had_gradient = True
+        elif not (makes_state or torch.compiler.is_compiling()):
             self._watch(groups)
         gathered = self._gather(groups, position or 0, found_inf)
-        self._step_guests()
+        self._step_guests(makes_state=makes_state)
         for inputs in gathered:
             if not makes_state:
                 with torch.set_grad_enabled(inputs.group["differentiable"]):
                     self._rules[inputs.group["rule"]].step(inputs)
 
-    def _step_guests(self) -> None:
+    def _step_guests(self, *, makes_state: bool) -> None:
         """Let foreign optimizers step, before rules: what they refuse at their start leaves all as it was."""
 
     def _check(self, groups: Sequence[Group], *, is_first: bool, is_scaled: bool) -> bool:
@@ -320,10 +324,12 @@ class RuleOptimizer(Optimizer):
             known = declared[index]
             if known is None or known.param is not param:
                 known = declared[index] = _declared(rule, param, group)
+            if not state.keys() >= known.names:
+                known = declared[index] = _declared(rule, param, group)
+                for tensor in rule.state(param, group):
+                    if tensor.key not in state:
+                        state[tensor.key] = tensor.create(param, group)
             for place, key in known.keys:
-                if key not in state:
-                    tensor = next(tensor for tensor in rule.state(param, group) if tensor.key == key)
-                    state[key] = tensor.create(param, group)
                 states[place].append(state[key])
             positions.append(start + index)
             kinds.append(known.kind)
@@ -366,7 +372,7 @@ class RuleOptimizer(Optimizer):
 
         def check(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
             groups, loaded = loading.prepare(incoming, self.param_groups, self._rules)
-            load = self._checked_load(incoming)
+            load = self._checked_load(incoming, loaded)
             state.update(loaded)
             load()
             return {"state": {}, "param_groups": groups}
@@ -386,8 +392,13 @@ class RuleOptimizer(Optimizer):
             for handle in handles:
                 handle.remove()
 
-    def _checked_load(self, state_dict: dict[str, Any]) -> Callable[[], None]:
-        """Check what else a state dict holds than state and groups; the result loads it."""
+    def _checked_load(self, state_dict: dict[str, Any], state: Mapping[Any, Any]) -> Callable[[], None]:
+        """Check what else there is to a state dict than what rules know; the result loads it.
+
+        Args:
+            state_dict: the whole.
+            state: of each parameter, as it will be loaded.
+        """
         return lambda: None
 
 
@@ -398,16 +409,18 @@ class _Declared(NamedTuple):
         param: the parameter.
         kind: which of the rule's keys its state has, as bits.
         keys: those, each after its place among the rule's.
+        names: those alone.
     """
 
     param: Tensor
     kind: int
     keys: Sequence[tuple[int, str]]
+    names: Set[str]
 
 
 def _declared(rule: Rule, param: Tensor, group: Group) -> _Declared:
     keys = [(rule.state_keys.index(tensor.key), tensor.key) for tensor in rule.state(param, group)]
-    return _Declared(param, sum(1 << place for place, _ in keys), keys)
+    return _Declared(param, sum(1 << place for place, _ in keys), keys, frozenset(key for _, key in keys))
 
 
 def _states_of_kind(

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from stac_optimizer.distributed.vote import MajorityVote
 from stac_optimizer.groups.given import settle_names
-from stac_optimizer.groups.keys import check_parameters, checked, hyperparameters_of, refuse_near_miss, unshare_lr
+from stac_optimizer.groups.keys import (
+    check_common,
+    check_parameters,
+    checked,
+    hyperparameters_of,
+    refuse_near_miss,
+    unshare_lr,
+)
 from stac_optimizer.groups.translation import from_adamw
 from stac_optimizer.model.partition import STACPartition
 from stac_optimizer.model.selectors import Selector
@@ -27,9 +34,9 @@ from stac_optimizer.roles.arguments import (
 )
 from stac_optimizer.roles.from_groups import partition_of
 from stac_optimizer.roles.guests import Guest
-from stac_optimizer.roles.overrides import LR_RATIO, Overrides
+from stac_optimizer.roles.overrides import Overrides, with_lr_of_ratio
 from stac_optimizer.roles.plan import ROLES, GroupPlan, planned_as_given
-from stac_optimizer.roles.split import as_given, plans_of, warn_of_embeddings
+from stac_optimizer.roles.split import as_given, plans_of, warn_of_embeddings, without_arguments
 from stac_optimizer.roles.updater import OptimizerFunction, Updater
 from stac_optimizer.rule import Group
 from stac_optimizer.stepping.checks import check_finite
@@ -240,8 +247,23 @@ class STAC(RuleOptimizer):
             ),
         }
         model = as_given(model)
+        arguments = {
+            **of_trunk,
+            **of_cap,
+            "trunk_lr": trunk_lr,
+            "cap_lr": cap_lr,
+            "trunk_weight_decay": trunk_weight_decay,
+            "cap_weight_decay": cap_weight_decay,
+            "trunk_optimizer": trunk_optimizer,
+            "cap_optimizer": cap_optimizer,
+            "last_n_layers": last_n_layers,
+            "cap": cap,
+            "overrides": overrides,
+            "include_frozen": include_frozen,
+            "vote": vote,
+        }
         plans, layers, self._moved = plans_of(
-            model,
+            without_arguments(model, arguments),
             overrides,
             last_n_layers=last_n_layers,
             cap=cap,
@@ -251,7 +273,8 @@ class STAC(RuleOptimizer):
         roles = {plan.role for plan in plans}
         refuse_unread_shared(shared, {role: updaters[role] for role in ROLES if role in roles})
         groups = self._groups_of(plans, updaters)
-        defaults = {**rule_arguments(Signum, of_trunk), **rule_arguments(AdamW, of_cap), **shared}
+        encoding = None if vote is None else vote.encoding
+        defaults = {**rule_arguments(Signum, of_trunk), "vote": encoding, **rule_arguments(AdamW, of_cap), **shared}
         rules = {updater.rule.name: updater.rule for updater in updaters.values() if updater.rule is not None}
         self._guests = {role: updater.guest for role, updater in updaters.items() if updater.guest is not None}
         if all(rules[group["rule"]].is_guest for group in groups):
@@ -260,8 +283,6 @@ class STAC(RuleOptimizer):
             cycled = {key: each[key] for each in known for key in each if key in ("betas", "momentum")}
             defaults = {**{key: shared[key] for key in shared if key != "betas"}, **cycled}
         self._build(groups, defaults, rules)
-        for guest in self._guests.values():
-            self.state.update(guest.optimizer.state)  # Adagrad makes its own at once
         self._tie()
         self._refuse_missing_closures()
         self._join_ranks(model, updaters["trunk"].vote)
@@ -389,10 +410,7 @@ class STAC(RuleOptimizer):
             )
         rule = self._rules[values["rule"]]
         refuse_near_miss(plan.values, hyperparameters_of(rule), "param_group: ")
-        own = dict(plan.values)
-        if LR_RATIO in own:
-            own["lr"] = values["lr"] * own.pop(LR_RATIO)
-        whole = {**values, **own}
+        whole = with_lr_of_ratio({**values, **plan.values}, values["lr"])
         group = {**whole, **checked(whole, rule, "param_group: "), "params": plan.params}
         if isinstance(group["lr"], Tensor):
             group["lr"] = group["lr"].clone()  # or a schedule of this group would move what the next one begins with
@@ -402,8 +420,11 @@ class STAC(RuleOptimizer):
         group = {"params": plan.params, **plan.structure(index, guest.rule.name)}
         settle_names([*map(dict, self.param_groups), group])
         check_parameters([group], self._rules)
+        if guest.needs_closure:
+            raise ValueError(f"{guest.rule.name} takes one group alone")
         refuse_near_miss(plan.values, guest.optimizer.defaults, "param_group: ")
-        values = {**self._new_values[plan.role], **plan.values}
+        check_common(plan.values, "param_group: ")
+        values = with_lr_of_ratio({**self._new_values[plan.role], **plan.values}, guest.groups[0].get("lr"))
         given = {**values, **group, "params": list(plan.params)}
         guest.add_param_group(given)
         given = {**{key: self.param_groups[0][key] for key in ("error_if_nonfinite", "betas")}, **given}
@@ -445,10 +466,11 @@ class STAC(RuleOptimizer):
 
         return checked_closure
 
-    def _step_guests(self) -> None:
+    def _step_guests(self, *, makes_state: bool) -> None:
         self._tie()  # a user may have put another state in place of the shared one
         for guest in self._guests.values():
-            guest.step()
+            if guest.shares_state or not makes_state:
+                guest.step()
 
     def _watch(self, groups: Sequence[Group]) -> None:
         super()._watch(groups)
@@ -500,7 +522,9 @@ class STAC(RuleOptimizer):
         own = {role: data for role, data in kept.items() if data is not None}
         return {**result, "guests": own} if own else result
 
-    def _checked_load(self, state_dict: dict[str, Any]) -> Callable[[], None]:
+    def _checked_load(self, state_dict: dict[str, Any], state: Mapping[Any, Any]) -> Callable[[], None]:
+        for guest in self._guests.values():
+            guest.check_state(state)
         own = state_dict.get("guests", {})
         loads = [guest.prepare_load(own.get(role)) for role, guest in self._guests.items()]
 
@@ -511,7 +535,8 @@ class STAC(RuleOptimizer):
         return load
 
     def __getstate__(self) -> dict[str, Any]:
-        held = {**super().__getstate__(), "_new_values": self._new_values, "_moved": self._moved}
+        kept = ("_new_values", "_moved", "_one_lr", "_idle_roles")
+        held = {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
         return {**held, "_guests": self._guests} if self._guests else held
 
     def __setstate__(self, state: dict[str, Any]) -> None:

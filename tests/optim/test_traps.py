@@ -180,11 +180,14 @@ def test_lost_step_warning_follows_dtype_and_lr(dtype: torch.dtype, lr: float | 
 
 
 @path
+@kinds
 @pytest.mark.parametrize("cautious", [False, True], ids=["plain", "cautious"])
-def test_average_too_small_for_float16_still_moves_the_weight(cautious: bool, path: str) -> None:
+def test_average_too_small_for_float16_still_moves_the_weight(
+    cautious: bool, kind: type[Signum] | type[Lion], path: str
+) -> None:
     """A tenth of the gradient 2e-7 rounds to 0 in float16: an average read back from there would freeze the weight."""
     weight = nn.Parameter(torch.zeros(2, dtype=torch.float16))
-    optimizer = trunk_of(weight, lr=0.125, cautious=cautious, **PATHS[path])
+    optimizer = trunk_of(weight, kind, lr=0.125, cautious=cautious, **PATHS[path])
     for _ in range(4):
         weight.grad = torch.full((2,), 2e-7, dtype=torch.float16)
         optimizer.step()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import pickle
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
+import lion_pytorch
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from stac_optimizer import STAC
@@ -19,6 +20,23 @@ from ..support import set_gradients, through_file
 
 Function: TypeAlias = Callable[[Any], torch.optim.Optimizer]
 
+CLASSES: dict[str, Function] = {
+    "Adadelta": optim.Adadelta,
+    "Adafactor": optim.Adafactor,
+    "Adagrad": partial(optim.Adagrad, initial_accumulator_value=0.1),
+    "Adam": partial(optim.Adam, amsgrad=True),
+    "AdamW": partial(optim.AdamW, weight_decay=0.1),
+    "Adamax": optim.Adamax,
+    "ASGD": partial(optim.ASGD, lr=0.01, t0=2),
+    "NAdam": partial(optim.NAdam, momentum_decay=4e-3),
+    "RAdam": optim.RAdam,
+    "RMSprop": partial(optim.RMSprop, momentum=0.9, centered=True),
+    "Rprop": optim.Rprop,
+    "SGD": partial(optim.SGD, lr=0.1, momentum=0.9, nesterov=True),
+    "Lion": partial(lion_pytorch.Lion, betas=(0.9, 0.98)),
+}
+if hasattr(optim, "Muon"):  # since torch 2.9
+    CLASSES["Muon"] = optim.Muon
 STEPS, SAVED_AT = 6, 3
 LR = 3e-3
 
@@ -31,7 +49,7 @@ def two_layers(seed: int = 0, *, bias: bool = True) -> nn.Sequential:
 
 def completed(function: Function, **values: Any) -> Function:
     """The function with what STAC gives where it has not written a value, for the class alone."""
-    function = function if isinstance(function, functools.partial) else functools.partial(function)
+    function = function if isinstance(function, partial) else partial(function)
     known = inspect.signature(function.func).parameters
     missing = {key: value for key, value in values.items() if key in known and key not in function.keywords}
     # A tensor in a partial would be one lr of all that it makes.

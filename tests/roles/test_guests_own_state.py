@@ -30,8 +30,8 @@ class _Pair(NamedTuple):
 class _Module:
     """An average of gradients, with noise; settings of a parameter fall back on the module's by a closure."""
 
-    def __init__(self, momentum: float = 0.9) -> None:
-        self.defaults = {"momentum": momentum}
+    def __init__(self, momentum: float = 0.9, lr: float = 0.02) -> None:
+        self.defaults = {"momentum": momentum, "lr": lr}
         self.settings: Any = defaultdict(lambda: ChainMap({}, self.defaults))
         self.state: Any = defaultdict(dict)
         self.itself = self
@@ -45,6 +45,8 @@ class _Module:
         self.shift: Callable[..., Any] = functools.partial(torch.add, alpha=1.0)
         self.noise = self.draw
         self.local = _made()
+        self.mine: list[float] = []
+        self.others = self.mine  # parted by the first step
 
     def draw(self, tensor: Tensor) -> Tensor:
         noise: Tensor = torch.randn(tensor.shape, generator=self.generator) * self.dice.random()
@@ -55,17 +57,22 @@ class _Module:
         if not state:  # what stepping brings: built anew in a fresh optimizer
             state.update(pair=_Pair(torch.zeros_like(param), 0.5), inner=_Module.__new__(_Module), flat=param.view(-1))
             state["inner"].average = torch.zeros_like(param)
+            self.mine.append(0.5)
+            self.others = [1.5]
         average = state["inner"].average
-        average.lerp_(grad, 1 - self.settings[param]["momentum"])
+        settings = self.settings[param]
+        average.lerp_(grad, 1 - settings["momentum"])
         state["pair"].first.add_(average)
         self.counts[0] += 1
         self.scale = self.scale + 0.5
         self.last.append(float(average.sum()))
         self.seen.add(int(self.counts[0]))
-        count = float(self.scale + self.counts.sum() + len(self.seen) + sum(self.last)) * 1e-3
+        count = float(self.scale + self.counts.sum() + len(self.seen) + sum(self.last) + sum(self.mine)) * 1e-3
         shifted: Tensor = self.shift(self.local(average), self.noise(param) * count)
-        kept: Tensor = state["pair"].first * state["pair"].second
-        return shifted + kept
+        kept: Tensor = state["pair"].first * state["pair"].second * self.others[0]
+        assert settings.get("name", "chain") == "chain", "a key of the host reaches the modules"
+        step: Tensor = (shifted + kept) * settings["lr"]
+        return step
 
 
 def _made() -> Callable[[Any], Any]:
@@ -78,14 +85,15 @@ def _made() -> Callable[[Any], Any]:
 class _Chain(optim.Optimizer):
     """Groups are layered over defaults, and its own ``state_dict`` is of no use."""
 
-    def __init__(self, params: Any, *modules: _Module, lr: float = 0.01) -> None:
+    def __init__(self, params: Any, *modules: _Module) -> None:
         self.modules = modules
         merged = {key: value for module in modules for key, value in module.defaults.items()}
-        super().__init__(params, {**merged, "lr": lr, "name": "chain", "modules": modules})
+        super().__init__(params, {**merged, "name": "chain", "modules": modules})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         group: Any = ChainMap(dict(param_group), self.defaults)
         self.param_groups.append(group)
+        self.layers = [module.settings[param].maps[1] for module in self.modules for param in group["params"]]
 
     def state_dict(self) -> dict[str, Any]:
         raise AssertionError("never asked")
@@ -97,13 +105,14 @@ class _Chain(optim.Optimizer):
             for param in group["params"]:
                 update = torch.zeros_like(param) if param.grad is None else param.grad
                 for module in self.modules:
-                    module.settings[param].maps[1].update({k: v for k, v in group.maps[0].items() if k == "momentum"})
+                    written = {key: value for key, value in group.maps[0].items() if key != "params"}
+                    module.settings[param].maps[0].update(written)
                     update = module.update(param, update)
-                param.sub_(update * group["lr"])
+                param.sub_(update)
 
 
 def _chain(groups: Any) -> _Chain:
-    return _Chain(groups, _Module(0.5), _Module(0.9))
+    return _Chain(groups, _Module(0.5, 0.1), _Module(0.9))
 
 
 @pytest.mark.parametrize("role", ["trunk", "cap"])
@@ -126,23 +135,26 @@ def test_it_steps_as_alone_over_checkpoints_and_copies(role: str) -> None:
 def test_overrides_and_added_groups_reach_it_and_its_copies() -> None:
     def build(model: nn.Module) -> STAC:
         layers = [(name, param) for name, param in model.named_parameters() if name.startswith("0")]
-        overrides = [(biases(), {"momentum": 0.0, "lr_ratio": 0.5})]
+        overrides = [(biases(), {"momentum": 0.9, "lr_ratio": 0.5})]
         optimizer = STAC(layers, last_n_layers=0, trunk_optimizer=_chain, overrides=overrides)
         named = [(name, param) for name, param in model.named_parameters() if name.startswith("2")]
-        optimizer.add_param_group({"params": named, "stac_role": "trunk", "lr": 0.02})
+        optimizer.add_param_group({"params": named, "stac_role": "trunk", "lr": 0.03})
         assert [group["name"] for group in optimizer.param_groups] == ["trunk", "trunk_1", "trunk_2"]
         return optimizer
 
     model = two_layers()
     groups = [
         {"params": [model[0].weight]},
-        {"params": [model[0].bias], "momentum": 0.0, "lr": 0.005},
-        {"params": [*model[2].parameters()], "lr": 0.02},
+        {"params": [model[0].bias], "momentum": 0.9, "lr": 0.01},
+        {"params": [*model[2].parameters()], "lr": 0.03},
     ]
     alone = _chain(groups)
     expected = trajectory(model, [alone], [decaying(alone)])
     for name, path in hosted(two_layers(), build, decaying).items():
         assert_same_bits(path, expected, name)
+    model = two_layers()
+    copied, optimizer = copy.deepcopy((model, build(model)))  # before any step: of what the function was given
+    assert_same_bits(trajectory(copied, [optimizer], [decaying(optimizer)]), expected)
 
 
 def test_a_rollback_takes_back_what_groups_have_handed_over() -> None:

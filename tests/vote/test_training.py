@@ -74,7 +74,7 @@ def wrapped_inside() -> Weights:
     )
     optimizer = voting(model)
     lion = small_model()
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": list(lion[0].named_parameters("0")), "stac_role": "trunk"},
         {"params": list(lion[1].named_parameters("1")), "stac_role": "cap", "weight_decay": 0.1},
         {"params": list(lion[3].named_parameters("3")), "stac_role": "cap"},

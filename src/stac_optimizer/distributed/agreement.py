@@ -151,14 +151,24 @@ def _describe(groups: Sequence[Group], shared: Collection[Tensor]) -> Descriptio
     for index, (group, count) in enumerate(sharing):
         where = f"of group {index} ({_role(group)})"
         rest[f"the number of parameters {where}"] = str(count)
-        for name in sorted(group.keys() - UNCOMPARED_KEYS):
-            value = group[name]
-            rest[f"{name} {where}"] = repr(value.tolist() if isinstance(value, Tensor) else value)
+        # What updates the group first, for all else follows from it.
+        for name in sorted(group.keys() - UNCOMPARED_KEYS, key=lambda name: (name != "rule", name)):
+            rest[f"{name} {where}"] = _text(group[name])
     return [parameters, rest]
 
 
 def _role(group: Group) -> str:
     return str(group.get("stac_role", group["rule"]))
+
+
+def _text(value: Any) -> str:
+    """A value as text that is the same on every rank: that of objects would tell where in memory they are."""
+    if isinstance(value, Tensor):
+        return repr(value.tolist())
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(_text, value))})"
+    is_plain = value is None or isinstance(value, bool | int | float | complex | str | torch.dtype | torch.device)
+    return repr(value) if is_plain else getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def _tensor_texts(param: Any) -> Iterator[tuple[str, str]]:

@@ -107,6 +107,7 @@ class Voters:
             raise ValueError(f"encoding='int8' sums at most {MOST_INT8_VOTERS} votes, got {self.size} ranks")
         self._wrapped = wrapped
         self._averaged: set[int] = set()
+        self._voted: set[int] = set()
 
     @classmethod
     def of(cls, vote: MajorityVote, params: object) -> Voters:
@@ -137,7 +138,7 @@ class Voters:
 
     def hook(self, voted: Iterable[Tensor]) -> None:
         """Let DistributedDataParallel leave alone the gradients of parameters that are voted on."""
-        kept = set(map(id, voted))
+        self.keep(voted)
         # Hooks stay on a module when its optimizer is gone, and then average everything again.
         voters = weakref.ref(self)
 
@@ -147,7 +148,7 @@ class Voters:
                 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook  # noqa: PLC0415
 
                 return allreduce_hook(group, bucket)
-            return alive._average_rest_of(kept, bucket)
+            return alive._average_rest_of(bucket)
 
         def forget(module: DistributedDataParallel, _: object) -> None:
             alive = voters()
@@ -158,7 +159,11 @@ class Voters:
             ddp.register_comm_hook(self.group, average)
             ddp.register_forward_pre_hook(forget)
 
-    def _average_rest_of(self, kept: set[int], bucket: Any) -> Any:
+    def keep(self, voted: Iterable[Tensor]) -> None:
+        """Take parameters to those that are voted on."""
+        self._voted.update(map(id, voted))
+
+    def _average_rest_of(self, bucket: Any) -> Any:
         """The hook."""
         self.refuse_join()
         buffer = bucket.buffer()
@@ -167,7 +172,7 @@ class Voters:
                 "DistributedDataParallel has a sparse gradient; make it dense, for embeddings with sparse=False"
             )
         held = zip(map(id, bucket.parameters()), bucket.gradients(), strict=True)
-        rest = {param: grad for param, grad in held if param not in kept}
+        rest = {param: grad for param, grad in held if param not in self._voted}
         if not rest:
             done: torch.futures.Future[Tensor] = torch.futures.Future()
             done.set_result(buffer)

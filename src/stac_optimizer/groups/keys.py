@@ -20,6 +20,7 @@ from stac_optimizer.rule.hyperparameters import EXCLUDED_FLAGS
 __all__ = [
     "STRUCTURE_KEYS",
     "TORCH_KEYS",
+    "check_common",
     "check_parameters",
     "checked",
     "defaults_of",
@@ -77,6 +78,18 @@ def checked(values: Mapping[str, Any], rule: Rule, where: str = "") -> dict[str,
     return result
 
 
+def check_common(values: Mapping[str, Any], where: str) -> None:
+    """Check what a foreign optimizer's group holds of the common hyper-parameters, which torch would not.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value out of range.
+    """
+    for key in values.keys() & COMMON_HYPERPARAMETERS.keys():
+        if values[key] is not None:
+            COMMON_HYPERPARAMETERS[key].check(where + key, values[key])
+
+
 def refuse_near_miss(keys: Iterable[str], known: Collection[str], where: str) -> None:
     """Refuse keys that look like a misspelt hyper-parameter. Others pass: frameworks keep their own in groups.
 
@@ -103,6 +116,8 @@ def check_parameters(groups: Iterable[Group], rules: Mapping[str, Rule]) -> None
         ValueError: naming the first such parameter.
     """
     for name, param, group in named_parameters(groups):
+        if not (param.is_leaf or param.retains_grad or group.get("differentiable")):
+            raise ValueError(f"{name!r}: can't optimize a non-leaf Tensor; pass the parameter that it was computed of")
         reason = rules[group["rule"]].parameter_problem(param, group)
         if reason is not None:
             raise ValueError(f"{name!r} ({group.get('stac_role', group['rule'])}) {reason}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from stac_optimizer.distributed.shards import is_sharded
 from stac_optimizer.groups.foreign_state import moved_to
-from stac_optimizer.groups.keys import STRUCTURE_KEYS, check_parameters, checked
+from stac_optimizer.groups.keys import STRUCTURE_KEYS, check_common, check_parameters, checked
 from stac_optimizer.groups.translation import translated
 from stac_optimizer.model.names import named_parameters
 from stac_optimizer.rule import COUNTER, Group, Rule, StateTensor
-from stac_optimizer.validation import mapping, non_negative
+from stac_optimizer.validation import mapping, non_negative, pair_of_fractions
 
 __all__ = ["prepare"]
 
@@ -44,7 +44,7 @@ def prepare(
         raise ValueError("state_dict must hold 'state' and 'param_groups', as optimizer.state_dict() returns")
     if not isinstance(state_dict["param_groups"], (list, tuple)):
         raise TypeError(f"param_groups must be a list, got {type(state_dict['param_groups']).__name__}")
-    given, shared = _parted(mapping("state", state_dict["state"]), rules)
+    given, shared = _parted(mapping("state", state_dict["state"]), state_dict["param_groups"], rules)
     groups, states = translated(
         [mapping(f"checkpoint group {index}", group) for index, group in enumerate(state_dict["param_groups"])],
         given,
@@ -72,9 +72,14 @@ def prepare(
     return loaded, {**state, **copy.deepcopy(shared)}
 
 
-def _parted(state: Mapping[Any, Any], rules: Mapping[str, Rule]) -> tuple[dict[Any, Any], dict[Any, Any]]:
+def _parted(
+    state: Mapping[Any, Any], groups: Iterable[Mapping[str, Any]], rules: Mapping[str, Rule]
+) -> tuple[dict[Any, Any], dict[Any, Any]]:
     """State of parameters, and what a guest keeps of none, such as one counter of all steps."""
-    names = {key for key in state if isinstance(key, str)} if any(rule.is_guest for rule in rules.values()) else ()
+    has_guest = any(rule.is_guest for rule in rules.values())
+    # torch.distributed.checkpoint calls parameters by names.
+    ids = {number for group in groups for number in group.get("params", ())} if has_guest else set()
+    names = {key for key in state if isinstance(key, str) and key not in ids} if has_guest else set()
     return {key: state[key] for key in state if key not in names}, {key: state[key] for key in names}
 
 
@@ -114,6 +119,10 @@ def _checked_group(saved: dict[str, Any], present: Group, rule: Rule, where: str
     # A schedule that ends at zero may end a rounding below it.
     lr = merged.get("lr")  # a guest may have none
     slightly_negative = isinstance(lr, float) and -LR_ROUNDING < lr < 0
+    if "betas" in merged and "betas" not in rule.hyperparameters and not rule.is_guest:
+        merged["betas"] = pair_of_fractions(where + "betas", merged["betas"])
+    if rule.is_guest:
+        check_common(merged, where)
     values = {} if rule.is_guest else checked({**merged, "lr": 0.0} if slightly_negative else merged, rule, where)
     return {**merged, **values, "lr": lr} if slightly_negative else {**merged, **values}
 

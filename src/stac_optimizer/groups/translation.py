@@ -128,6 +128,8 @@ def from_adamw(
             f"AdamW's checkpoint has {len(numbers)} parameters, the model {len(params)}; pass (name, parameter) "
             "pairs of those that AdamW had, in its order"
         )
+    if any(bool(group.get("maximize")) != bool(param_groups[0].get("maximize")) for group in saved):
+        raise ValueError("AdamW ascends and this optimizer descends, or the reverse; give both the same maximize")
     state_of = dict(zip(map(id, params), (state_dict["state"].get(number, {}) for number in numbers), strict=True))
     states = {}
     positions = [number for group in present["param_groups"] for number in group["params"]]

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +22,7 @@ from stac_optimizer.distributed.shards import is_sharded
 from stac_optimizer.groups.foreign_state import tensors_in
 from stac_optimizer.rule import Group, Rule, StateTensor
 
-__all__ = ["MATRIX_CLASSES", "Guest", "GuestRule", "dry", "guest_of", "step_unseen", "without_data"]
+__all__ = ["MATRIX_CLASSES", "Guest", "GuestRule", "dry", "step_unseen", "without_data"]
 
 # What STAC shares with a guest.
 SHARED = frozenset({"param_groups", "state"})
@@ -72,9 +72,16 @@ class Guest:
         role: the role.
     """
 
+    shares_state: ClassVar[bool] = True
+    """Whether all its state stands in the host's."""
+
     def __init__(self, optimizer: Optimizer, role: str) -> None:
         self.optimizer, self.role = optimizer, role
         self.rule = GuestRule(type(optimizer))
+        # Of a class that makes state at once, as Adagrad. The host has none before its first step, as checkpoints of
+        # torch.distributed want it, which make it by a step where there is none.
+        self._first_state = dict(optimizer.state)
+        self._remembered: tuple[object, dict[Tensor, Any]] | None = None
 
     @property
     def groups(self) -> list[dict[str, Any]]:
@@ -88,8 +95,6 @@ class Guest:
         """
         self.optimizer.param_groups = [group for group in host.param_groups if group["stac_role"] == self.role]
         self.optimizer.state = host.state
-        if hasattr(self.optimizer, "_params"):  # LBFGS remembers its parameters
-            self.optimizer._params = self.optimizer.param_groups[0]["params"]
 
     @property
     def needs_closure(self) -> bool:
@@ -99,6 +104,10 @@ class Guest:
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Let it step, on gradients that are there or by the closure's."""
+        for param, state in self._first_state.items():
+            if not self.optimizer.state.get(param):
+                self.optimizer.state[param] = state
+        self._first_state.clear()
         return self.optimizer.step() if closure is None else self.optimizer.step(closure)
 
     def add_param_group(self, group: dict[str, Any]) -> None:
@@ -108,20 +117,48 @@ class Guest:
     def bytes_by_parameter(self, state: Mapping[Tensor, Any]) -> dict[Tensor, int]:
         """Bytes of each parameter's state once it has stepped, found by a step of a twin without data."""
         params = [param for group in self.groups for param in group["params"]]
-        held = {param: sum(tensor.nbytes for tensor in tensors_in(state.get(param, {}))) for param in params}
-        if all(state.get(param) for param in params):
-            return held
-        # What a foreign step cannot do without data shows in many ways.
-        with contextlib.suppress(Exception), dry():
-            made = self._dry_run(params)
-            return {param: held[param] or sum(t.nbytes for t in tensors_in(made.get(param))) for param in params}
-        return held
+        held = {param: state.get(param) or self._first_state.get(param) for param in params}
+        made = {} if all(held.values()) else self._made(params)
+        return {param: sum(t.nbytes for t in tensors_in(held[param] or made.get(param))) for param in params}
+
+    def check_state(self, loaded: Mapping[Any, Mapping[str, Any]]) -> None:
+        """Refuse state that is to be loaded and has other shapes than a step would make, where that is known.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        params = [param for group in self.groups for param in group["params"]]
+        made = self._made(params) if any(loaded.get(param) for param in params) else {}
+        for param, state in made.items():
+            for key, value in loaded.get(param, {}).items():
+                expected = state.get(key)
+                if isinstance(expected, Tensor) and value is not None:
+                    shape = value.shape if isinstance(value, Tensor) else type(value).__name__
+                    if shape != expected.shape:
+                        raise ValueError(
+                            f"the checkpoint's {key!r} of a parameter of shape {tuple(param.shape)} ({self.role}) has "
+                            f"shape {shape}, which {self.rule.name} cannot use"
+                        )
+
+    def _made(self, params: Sequence[Tensor]) -> dict[Tensor, Any]:
+        """By parameter the state, without data, that a step makes; nothing where that cannot be found out."""
+        unread = {"params", "lr", "initial_lr"}
+        told = repr([[(key, group[key]) for key in group if key not in unread] for group in self.groups])
+        if self._remembered is None or self._remembered[0] != (told, len(params)):
+            made: dict[Tensor, Any] = {}
+            # What a foreign step cannot do without data shows in many ways.
+            with contextlib.suppress(Exception), dry():
+                made = self._dry_run(params)
+            self._remembered = (told, len(params)), made
+        return self._remembered[1]
 
     def _dry_run(self, params: Iterable[Tensor]) -> dict[Tensor, Any]:
         """By parameter the state that a step makes."""
         twins = dict(zip(params, without_data(params), strict=True))
         twin = object.__new__(type(self.optimizer))
-        Optimizer.__setstate__(twin, {**_attributes(self.optimizer), "state": {}, "param_groups": []})
+        # Its lists and dicts are its own: a step may write to them.
+        own = {key: copy.copy(value) for key, value in _attributes(self.optimizer).items()}
+        Optimizer.__setstate__(twin, {**own, "state": {}, "param_groups": []})
         twin.state = type(self.optimizer.state)(dict)
         for group in self.groups:
             values = {key: False if key in PATH_FLAGS else value for key, value in group.items()}
@@ -141,12 +178,18 @@ class Guest:
 
     def __getstate__(self) -> dict[str, Any]:
         # Attributes that torch's __getstate__ would drop, such as those of LBFGS and lion-pytorch's Lion.
-        return {"role": self.role, "kind": type(self.optimizer), "attributes": _attributes(self.optimizer)}
+        return {
+            "role": self.role,
+            "kind": type(self.optimizer),
+            "attributes": _attributes(self.optimizer),
+            "first_state": self._first_state,
+        }
 
     def __setstate__(self, held: dict[str, Any]) -> None:
         optimizer = object.__new__(held["kind"])
         Optimizer.__setstate__(optimizer, held["attributes"])
         self.optimizer, self.role, self.rule = optimizer, held["role"], GuestRule(held["kind"])
+        self._first_state, self._remembered = held["first_state"], None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Guest:
         twin = object.__new__(type(self))
@@ -195,22 +238,3 @@ class _OnesWithoutData(TorchFunctionMode):
         if function in self.READERS and args[0].is_meta:
             return self.READERS[function]
         return function(*args, **(kwargs or {}))
-
-
-def guest_of(
-    optimizer: Optimizer, role: str, function: Callable[[Any], Optimizer], given: Iterable[Mapping[str, Any]]
-) -> Guest:
-    """The guest that an optimizer makes: one that shares, or one that keeps state of its own.
-
-    Args:
-        optimizer: it.
-        role: its role.
-        function: what returned it.
-        given: the groups that the function got, as they were.
-    """
-    from stac_optimizer.roles.own_state import OwnStateGuest, keeps_own_state  # noqa: PLC0415 - seldom needed
-
-    if keeps_own_state(optimizer):
-        return OwnStateGuest(optimizer, role, function, given)
-    optimizer.param_groups = list(map(dict, optimizer.param_groups))
-    return Guest(optimizer, role)

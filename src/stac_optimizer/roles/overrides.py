@@ -10,7 +10,15 @@ from stac_optimizer.model.layers import Layers
 from stac_optimizer.model.selectors import Selector
 from stac_optimizer.validation import non_negative
 
-__all__ = ["LR_RATIO", "Overrides", "checked_overrides", "checked_ratio", "merged", "overrides_by_name"]
+__all__ = [
+    "LR_RATIO",
+    "Overrides",
+    "checked_overrides",
+    "checked_ratio",
+    "merged",
+    "overrides_by_name",
+    "with_lr_of_ratio",
+]
 
 LR_RATIO = "lr_ratio"
 
@@ -55,6 +63,18 @@ def checked_ratio(values: dict[str, Any], where: str) -> dict[str, Any]:
     if "lr" in values:
         raise ValueError(f"{where}both lr and lr_ratio are given; give one of them")
     return {**values, LR_RATIO: non_negative(where + LR_RATIO, values[LR_RATIO])}
+
+
+def with_lr_of_ratio(values: dict[str, Any], lr: Any) -> dict[str, Any]:
+    """The values, with the lr that ``lr_ratio`` asks for in its place.
+
+    Args:
+        values: of a group.
+        lr: what it is a ratio of.
+    """
+    if LR_RATIO not in values:
+        return values
+    return {**{key: value for key, value in values.items() if key != LR_RATIO}, "lr": lr * values[LR_RATIO]}
 
 
 def overrides_by_name(overrides: Sequence[tuple[Selector, Any]], layers: Layers) -> dict[str, tuple[int, ...]]:

@@ -21,7 +21,7 @@ from stac_optimizer.roles.guests import SHARED, Guest, dry, step_unseen, without
 from stac_optimizer.roles.object_graph import PLAIN, GraphReader, GraphWriter, package_of, path_of
 from stac_optimizer.validation import mapping
 
-__all__ = ["OwnStateGuest", "keeps_own_state"]
+__all__ = ["OwnStateGuest", "guest_of", "keeps_own_state"]
 
 OptimizerFunction = Callable[[list[dict[str, Any]]], Optimizer]
 
@@ -47,6 +47,8 @@ class OwnStateGuest(Guest):
         function: the user's, which built it. To be pickled it must be of a module; a lambda is not.
         given: the groups that the function got.
     """
+
+    shares_state = False
 
     def __init__(
         self, optimizer: Optimizer, role: str, function: OptimizerFunction, given: Iterable[Mapping[str, Any]]
@@ -148,7 +150,10 @@ class OwnStateGuest(Guest):
         if len(data["written"]) != len(self._built):
             raise ValueError(f"{what} has {len(data['written'])} groups, this optimizer's has {len(self._built)}")
         reader = GraphReader(self._params, copy.deepcopy(data["nodes"]), may_build)
-        reader.read({"node": 0}, self.optimizer)
+        try:
+            reader.read({"node": 0}, self.optimizer)
+        except (IndexError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{what} is broken: {type(error).__name__} {error}") from error
 
         def load() -> None:
             self._take_back()
@@ -275,3 +280,20 @@ def _new_bytes(nodes: Iterable[Mapping[str, Any]], counted: dict[int, Any]) -> i
             total += 0 if id(storage) in counted else storage.nbytes()
             counted[id(storage)] = storage
     return total
+
+
+def guest_of(
+    optimizer: Optimizer, role: str, function: Callable[[Any], Optimizer], given: Iterable[Mapping[str, Any]]
+) -> Guest:
+    """The guest that an optimizer makes: one that shares, or one that keeps state of its own.
+
+    Args:
+        optimizer: it.
+        role: its role.
+        function: what returned it.
+        given: the groups that the function got, as they were.
+    """
+    if keeps_own_state(optimizer):
+        return OwnStateGuest(optimizer, role, function, given)
+    optimizer.param_groups = list(map(dict, optimizer.param_groups))
+    return Guest(optimizer, role)

@@ -15,7 +15,10 @@ from stac_optimizer.roles.plan import GroupPlan, planned, planned_as_given
 from stac_optimizer.rule import Group, Rule
 from stac_optimizer.validation import count, warn
 
-__all__ = ["as_given", "plans_of", "warn_of_embeddings"]
+__all__ = ["as_given", "plans_of", "warn_of_embeddings", "without_arguments"]
+
+
+EMBEDDING_TYPES = ("Embedding", "EmbeddingBag")
 
 
 def as_given(model: Any) -> Any:
@@ -33,6 +36,25 @@ def as_given(model: Any) -> Any:
             "model must be a module, named parameters or group dicts with a stac_role, got one dict: put it in a list"
         )
     return list(model)
+
+
+def without_arguments(model: Any, arguments: Mapping[str, Any]) -> Any:
+    """Group dicts without what repeats STAC's own arguments: ZeroRedundancyOptimizer writes all of them into groups.
+
+    Args:
+        model: what :func:`as_given` returned.
+        arguments: STAC's by name, but for those that every group holds.
+    """
+
+    def is_repeated(key: str, value: Any) -> bool:
+        argument = arguments.get(key, is_repeated)
+        return value is argument or (
+            type(value) is type(argument) and not isinstance(value, Tensor) and value == argument
+        )
+
+    if not (isinstance(model, list) and all(isinstance(group, Mapping) for group in model)):
+        return model
+    return [{key: value for key, value in group.items() if not is_repeated(key, value)} for group in model]
 
 
 def plans_of(
@@ -84,16 +106,13 @@ def warn_of_embeddings(
         rules: by the name that groups hold.
         is_own: whether the trunk has STAC's own rule.
     """
-    if layers is None:
-        return
-    walking = {
-        name
-        for group in groups
-        if group["stac_role"] == "trunk" and rules[group["rule"]].walks_on(group)
-        for name in group["param_names"]
-    }
-    untied = walking & untied_embeddings(layers)
-    found = [layer.name for layer in layers.layers if untied.intersection(layer.parameter_names)]
+    walking = [g for g in groups if g["stac_role"] == "trunk" and rules[g["rule"]].walks_on(g)]
+    if layers is None:  # what groups say of themselves
+        typed = [pair for group in walking for pair in zip(group["layer_names"], group["layer_types"], strict=True)]
+        found = [name for name, kind in typed if kind in EMBEDDING_TYPES]
+    else:
+        untied = untied_embeddings(layers) & {name for group in walking for name in group["param_names"]}
+        found = [layer.name for layer in layers.layers if untied.intersection(layer.parameter_names)]
     if found:
         what = "the embedding" if len(found) == 1 else "the embeddings"
         warn(

@@ -17,12 +17,13 @@ from torch.optim import Optimizer
 
 from stac_optimizer.distributed.vote import MajorityVote
 from stac_optimizer.groups.given import RoleGroup
-from stac_optimizer.groups.keys import defaults_of, hyperparameters_of, refuse_near_miss
+from stac_optimizer.groups.keys import check_common, defaults_of, hyperparameters_of, refuse_near_miss
 from stac_optimizer.optimizer import RuleOptimizer
-from stac_optimizer.roles.guests import MATRIX_CLASSES, Guest, guest_of
+from stac_optimizer.roles.guests import MATRIX_CLASSES, Guest
 from stac_optimizer.roles.overrides import LR_RATIO
+from stac_optimizer.roles.own_state import guest_of
 from stac_optimizer.roles.plan import GroupPlan
-from stac_optimizer.rule import COMMON_HYPERPARAMETERS, Rule
+from stac_optimizer.rule import Rule
 
 __all__ = ["OptimizerFunction", "Updater"]
 
@@ -96,7 +97,9 @@ class Updater:
         if self.native is not None:
             return key in hyperparameters_of(self.native)
         # Flags of a foreign class are those of its function.
-        return key in ("lr", "weight_decay") and key in inspect.signature(self.kind).parameters
+        known = inspect.signature(self.kind).parameters
+        takes_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in known.values())
+        return key in ("lr", "weight_decay") and (key in known or takes_any)
 
     def groups(self, plans: Sequence[GroupPlan], *, has_other: bool) -> list[dict[str, Any]]:
         """Complete groups of this role.
@@ -160,6 +163,11 @@ class Updater:
         self, optimizer: Optimizer, plans: Sequence[GroupPlan], given: Sequence[Mapping[str, Any]]
     ) -> list[dict[str, Any]]:
         if isinstance(optimizer, RuleOptimizer):
+            if inspect.unwrap(type(optimizer).step) is not inspect.unwrap(RuleOptimizer.step):
+                raise TypeError(
+                    f"{self.role}_optimizer: {type(optimizer).__name__} has a step of its own, which a role would not "
+                    "run: its groups are taken over; write a rule with a step of its own instead"
+                )
             self.rule, self.vote = optimizer.rule, optimizer.given_vote
             groups = optimizer.param_groups
         else:
@@ -188,8 +196,13 @@ class Updater:
         else:
             own = {key for key in group if key not in plan.values}
             known = {*optimizer.defaults, *own, LR_RATIO, "error_if_nonfinite"}
-            for key in plan.values.keys() & COMMON_HYPERPARAMETERS.keys():
-                COMMON_HYPERPARAMETERS[key].check(where + key, plan.values[key])
+            check_common(plan.values, where)
+            for key in plan.values.keys() & known - {LR_RATIO}:
+                if not _is(group.get(key), plan.values[key]):
+                    raise ValueError(
+                        f"{self.role}_optimizer must hand the groups it is given to the optimizer as they are: an "
+                        f"override's {key} is lost, {group.get(key)!r} in place of {plan.values[key]!r}"
+                    )
         refuse_near_miss(plan.values, known, where)
         for key in () if plan.is_given else plan.values:
             if key not in known:
@@ -197,6 +210,10 @@ class Updater:
                     f"{where}{key!r} is no hyper-parameter of {type(optimizer).__name__}, which has "
                     f"{', '.join(sorted(known))}; select parameters of the other role alone, or leave it out"
                 )
+
+
+def _is(held: Any, given: Any) -> bool:
+    return held is given or (isinstance(held, Tensor) or isinstance(given, Tensor) or bool(held == given))
 
 
 def _pairs(plan: GroupPlan) -> list[tuple[str, Tensor]]:

@@ -64,7 +64,7 @@ def warning_of_lost_steps(names: Sequence[str], params: Sequence[Tensor], group:
     return (
         f"an lr of {lr:g} is less than half the spacing between neighbouring values for most weights of "
         f"{', '.join(map(repr, stuck))}, so their steps round to nothing. Use stochastic_rounding=True with bfloat16, "
-        "keep float32 weights (and compute under torch.autocast) or raise the lr (trunk_lr)"
+        "keep float32 weights (and compute under torch.autocast) or raise the lr (in STAC trunk_lr)"
     )
 
 

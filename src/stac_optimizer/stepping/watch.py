@@ -21,15 +21,17 @@ class OneLr:
     """
 
     def __init__(self, groups: Iterable[Group]) -> None:
-        self._is_done = len(_rates(groups) or ()) < 2
+        groups = list(groups)
+        self._count = len(groups)
+        self._is_done = len(_rates(groups)) < 2
         self._shared: float | None = None
 
-    def warning(self, groups: Iterable[Group]) -> str | None:
+    def warning(self, groups: Sequence[Group]) -> str | None:
         """What to warn of at this step, once."""
         if self._is_done:
             return None
         rates = _rates(groups)
-        if rates is None or len(rates) > 1 or 0.0 in rates:
+        if len(rates) != 1 or len(groups) < self._count:  # DeepSpeed steps one group at a time
             return None
         (rate,) = rates
         if self._shared is None or self._shared == rate:
@@ -44,18 +46,12 @@ class OneLr:
         )
 
 
-def _rates(groups: Iterable[Group]) -> set[float] | None:
-    """The learning rates of groups; None where to read one would wait for a device."""
-    rates = set()
-    for group in groups:
-        rate = group.get("lr")
-        if isinstance(rate, Tensor):
-            if not rate.is_cpu:
-                return None
-            rate = rate.item()
-        if rate is not None:
-            rates.add(rate)
-    return rates
+def _rates(groups: Iterable[Group]) -> set[float]:
+    """The learning rates of groups but for 0; none of them where to read one would wait for a device."""
+    rates = [group.get("lr") for group in groups]
+    if any(isinstance(rate, Tensor) and not rate.is_cpu for rate in rates):
+        return set()
+    return {float(rate) for rate in rates if rate is not None} - {0.0}
 
 
 class IdleRoles:
@@ -79,6 +75,10 @@ class IdleRoles:
             self._idle[role] = 0 if has_gradient else self._idle.get(role, 0) + 1
         idle = next((role for role, steps in self._idle.items() if steps >= IDLE_ROLE_STEPS), None)
         if idle is None:
+            return None
+        of_idle = [param for group in groups if group["stac_role"] == idle for param in group["params"]]
+        if not any(param.requires_grad for param in of_idle):  # frozen on purpose
+            self._idle[idle] = 0
             return None
         self._is_done = True
         names = [name for group in groups if group["stac_role"] == idle for name in group["layer_names"]]
