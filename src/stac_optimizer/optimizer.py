@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
@@ -322,13 +322,8 @@ class RuleOptimizer(Optimizer):
                     state[COUNTER.key] = COUNTER.create(param, group)
                 continue
             known = declared[index]
-            if known is None or known.param is not param:
-                known = declared[index] = _declared(rule, param, group)
-            if not state.keys() >= known.names:
-                known = declared[index] = _declared(rule, param, group)
-                for tensor in rule.state(param, group):
-                    if tensor.key not in state:
-                        state[tensor.key] = tensor.create(param, group)
+            if known is None or known.param is not param or known.last not in state:
+                known = declared[index] = _with_state(rule, param, group, state)
             for place, key in known.keys:
                 states[place].append(state[key])
             positions.append(start + index)
@@ -409,18 +404,23 @@ class _Declared(NamedTuple):
         param: the parameter.
         kind: which of the rule's keys its state has, as bits.
         keys: those, each after its place among the rule's.
-        names: those alone.
+        last: the key that is made last.
     """
 
     param: Tensor
     kind: int
     keys: Sequence[tuple[int, str]]
-    names: Set[str]
+    last: str
 
 
-def _declared(rule: Rule, param: Tensor, group: Group) -> _Declared:
-    keys = [(rule.state_keys.index(tensor.key), tensor.key) for tensor in rule.state(param, group)]
-    return _Declared(param, sum(1 << place for place, _ in keys), keys, frozenset(key for _, key in keys))
+def _with_state(rule: Rule, param: Tensor, group: Group, state: dict[str, Tensor]) -> _Declared:
+    """What the rule declares of a parameter, once all of it is in its state."""
+    tensors = rule.state(param, group)
+    for tensor in tensors:
+        if tensor.key not in state:
+            state[tensor.key] = tensor.create(param, group)
+    keys = [(rule.state_keys.index(tensor.key), tensor.key) for tensor in tensors]
+    return _Declared(param, sum(1 << place for place, _ in keys), keys, keys[-1][1])
 
 
 def _states_of_kind(

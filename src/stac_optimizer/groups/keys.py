@@ -86,8 +86,7 @@ def check_common(values: Mapping[str, Any], where: str) -> None:
         ValueError: a value out of range.
     """
     for key in values.keys() & COMMON_HYPERPARAMETERS.keys():
-        if values[key] is not None:
-            COMMON_HYPERPARAMETERS[key].check(where + key, values[key])
+        COMMON_HYPERPARAMETERS[key].check(where + key, values[key])
 
 
 def refuse_near_miss(keys: Iterable[str], known: Collection[str], where: str) -> None:

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from stac_optimizer.distributed.shards import is_sharded, is_sharded_in_runs
 from stac_optimizer.distributed.vote import Voters
@@ -115,7 +116,9 @@ class Rule(ABC):
                 f"has a gradient of layout {grad.layout}, and {self.name} takes no sparse gradients; make it dense, "
                 "for embeddings with sparse=False"
             )
-        if is_sharded(param) != is_sharded(grad):
+        # Asked of every parameter in every step, so what is plain is told at one look.
+        is_plain = type(param) is Parameter and type(grad) is Tensor
+        if not is_plain and is_sharded(param) != is_sharded(grad):
             kinds = ["a plain tensor", "a DTensor"]
             param_kind, grad_kind = (kinds[is_sharded(tensor)] for tensor in (param, grad))
             return f"is {param_kind} and its gradient {grad_kind}; distribute the gradient as the parameter is"
