@@ -99,9 +99,16 @@ def trained(shard: Sharding, arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _assert_trained_as(shard: Sharding, arguments: dict[str, Any], file: Path) -> None:
-    """On one rank: the model ends as the whole one, whose weights and state the file holds."""
-    assert_same_bits(trained(shard, arguments), torch.load(file))
+def _assert_trained_as(shard: Sharding, cases: dict[str, dict[str, Any]], folder: Path) -> None:
+    """On one rank: each model ends as the whole one, whose weights and state a file holds."""
+    differing = []
+    for name, arguments in cases.items():
+        ended = trained(shard, arguments)
+        try:
+            assert_same_bits(ended, torch.load(folder / f"{name}.pt"), name)
+        except AssertionError as error:
+            differing.append(str(error))
+    assert not differing, "\n".join(differing)
 
 
 def shard_each(model: nn.Module) -> None:
@@ -112,14 +119,17 @@ def shard_each(model: nn.Module) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def assert_shards_step_as_whole(shard: Sharding, world_size: int, arguments: dict[str, Any], folder: Path) -> None:
-    """Train a model whole, and on every rank one that was sharded: weights and state end the same.
+def assert_shards_step_as_whole(
+    shard: Sharding, world_size: int, cases: dict[str, dict[str, Any]], folder: Path
+) -> None:
+    """Train models whole, and on every rank ones that were sharded: weights and state end the same.
 
     Args:
-        shard: is called with the model on each rank; a function of a module's top level.
-        world_size: how many ranks.
-        arguments: of STAC; besides them the model's ``dtype``, and ``make`` to make it.
-        folder: for the whole one's file.
+        shard: is called with each model on each rank; a function of a module's top level.
+        world_size: how many ranks; they are started once, for all cases.
+        cases: by name the arguments of STAC; besides them the model's ``dtype``, and ``make`` to make it.
+        folder: for the files of the whole ones.
     """
-    torch.save(trained(nn.Identity(), arguments), folder / "whole.pt")
-    run_ranks(_assert_trained_as, world_size, shard, arguments, folder / "whole.pt")
+    for name, arguments in cases.items():
+        torch.save(trained(nn.Identity(), arguments), folder / f"{name}.pt")
+    run_ranks(_assert_trained_as, world_size, shard, cases, folder)

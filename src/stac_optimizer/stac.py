@@ -247,23 +247,8 @@ class STAC(RuleOptimizer):
             ),
         }
         model = as_given(model)
-        arguments = {
-            **of_trunk,
-            **of_cap,
-            "trunk_lr": trunk_lr,
-            "cap_lr": cap_lr,
-            "trunk_weight_decay": trunk_weight_decay,
-            "cap_weight_decay": cap_weight_decay,
-            "trunk_optimizer": trunk_optimizer,
-            "cap_optimizer": cap_optimizer,
-            "last_n_layers": last_n_layers,
-            "cap": cap,
-            "overrides": overrides,
-            "include_frozen": include_frozen,
-            "vote": vote,
-        }
         plans, layers, self._moved = plans_of(
-            without_arguments(model, arguments),
+            without_arguments(model, {**of_trunk, **of_cap, "vote": vote}),
             overrides,
             last_n_layers=last_n_layers,
             cap=cap,

@@ -144,6 +144,19 @@ def test_erased_overrides_warn_too() -> None:
     assert len(messages_of(run)) == 1
 
 
+def test_groups_whose_lr_is_zero_do_not_hide_one_lr_of_the_rest() -> None:
+    model = small_model()
+    optimizer = STAC(model, lr=0.1, overrides=[(named("0"), {"lr": 0.0})])
+
+    def run() -> None:
+        for step in range(1, 4):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1 / step if group["lr"] else 0.0
+            take_steps(model, optimizer, [step])
+
+    assert [ERASED in message for message in messages_of(run)] == [True]
+
+
 @pytest.mark.parametrize("arguments", [{"trunk_lr": 0.1}, {"last_n_layers": 0}], ids=["equal", "one role"])
 def test_rates_that_were_one_at_construction_warn_never(arguments: dict[str, Any]) -> None:
     _, run = with_schedule(ERASE_RATIO["OneCycleLR"], **arguments)
@@ -181,6 +194,24 @@ def test_role_that_is_idle_for_a_while_does_not_warn(monkeypatch: pytest.MonkeyP
             optimizer.step()
 
     assert messages_of(run) == []
+
+
+def test_role_that_is_frozen_does_not_warn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a head is trained on a body that will be unfrozen later."""
+    monkeypatch.setattr(watch, "IDLE_ROLE_STEPS", 4)
+    model = small_model()
+    model[:2].requires_grad_(False)
+    optimizer = STAC(model, include_frozen=True)
+    assert messages_of(lambda: take_steps(model, optimizer, range(8))) == []
+    model[:2].requires_grad_(True)
+
+    def run() -> None:
+        for seed in range(8):
+            set_gradients(model, seed, skip=[name for name, _ in model.named_parameters() if name[0] != "3"])
+            optimizer.step()
+
+    (message,) = messages_of(run)
+    assert "the trunk ('0', '1') has had no gradient for 4 steps" in message
 
 
 def test_idle_steps_are_hundreds_and_fewer_than_a_thousand() -> None:

@@ -43,7 +43,7 @@ def without_arguments(model: Any, arguments: Mapping[str, Any]) -> Any:
 
     Args:
         model: what :func:`as_given` returned.
-        arguments: STAC's by name, but for those that every group holds.
+        arguments: STAC's by name, those that one role's own rule reads.
     """
 
     def is_repeated(key: str, value: Any) -> bool:

@@ -65,9 +65,9 @@ class Updater:
         self.written = self.function.keywords if isinstance(self.function, functools.partial) else {}
         for key, value in self.own.items():
             if value is not None and (key in self.written or not self._takes(key)):
-                why = f"{key} is written there too" if key in self.written else f"that takes no {key} from here"
+                why = f"{key} is written there too" if key in self.written else f"it does not take {key} from here"
                 raise ValueError(
-                    f"{self.role}_{key} is given beside {name}={_name(self.function)}, and {why}; write it in {name} "
+                    f"{self.role}_{key} is given beside {name} ({_name(self.function)}), and {why}; write it in {name} "
                     f"alone, for example functools.partial(..., {key}={value!r})"
                 )
 
