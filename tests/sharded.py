@@ -132,4 +132,4 @@ def assert_shards_step_as_whole(
     """
     for name, arguments in cases.items():
         torch.save(trained(nn.Identity(), arguments), folder / f"{name}.pt")
-    run_ranks(_assert_trained_as, world_size, shard, cases, folder)
+    run_ranks(_assert_trained_as, world_size, shard, cases, folder, timeout=60.0 + 10.0 * len(cases))

@@ -76,7 +76,8 @@ class RuleOptimizer(Optimizer):
         # By the position of a group's first parameter.
         self._declared: dict[int, tuple[object, list[_Declared | None]]] = {}
         self._is_building = True
-        super().__init__(groups, defaults)
+        # A schedule that fills a group's lr in place must not change what later groups begin with.
+        super().__init__(groups, {key: v.clone() if isinstance(v, Tensor) else v for key, v in defaults.items()})
         self._is_building = False
         check_parameters(self.param_groups, rules)
 

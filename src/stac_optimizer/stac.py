@@ -37,7 +37,7 @@ from stac_optimizer.roles.guests import Guest
 from stac_optimizer.roles.overrides import Overrides, with_lr_of_ratio
 from stac_optimizer.roles.plan import ROLES, GroupPlan, planned_as_given
 from stac_optimizer.roles.split import as_given, plans_of, warn_of_embeddings, without_arguments
-from stac_optimizer.roles.updater import OptimizerFunction, Updater
+from stac_optimizer.roles.updater import OptimizerFunction, Updater, fresh
 from stac_optimizer.rule import Group
 from stac_optimizer.stepping.checks import check_finite
 from stac_optimizer.stepping.watch import IdleRoles, OneLr
@@ -257,7 +257,11 @@ class STAC(RuleOptimizer):
         )
         roles = {plan.role for plan in plans}
         refuse_unread_shared(shared, {role: updaters[role] for role in ROLES if role in roles})
-        groups = self._groups_of(plans, updaters)
+        given = {
+            "trunk": {"lr": trunk_lr, "weight_decay": trunk_weight_decay, "optimizer": trunk_optimizer},
+            "cap": {"lr": cap_lr, "weight_decay": cap_weight_decay, "optimizer": cap_optimizer},
+        }
+        groups = self._groups_of(plans, updaters, given)
         encoding = None if vote is None else vote.encoding
         defaults = {**rule_arguments(Signum, of_trunk), "vote": encoding, **rule_arguments(AdamW, of_cap), **shared}
         rules = {updater.rule.name: updater.rule for updater in updaters.values() if updater.rule is not None}
@@ -275,7 +279,9 @@ class STAC(RuleOptimizer):
         warn_of_embeddings(layers, groups, rules, is_own=trunk_optimizer is None)
         self._one_lr, self._idle_roles = OneLr(groups), IdleRoles()
 
-    def _groups_of(self, plans: Sequence[GroupPlan], updaters: Mapping[str, Updater]) -> list[dict[str, Any]]:
+    def _groups_of(
+        self, plans: Sequence[GroupPlan], updaters: Mapping[str, Updater], given: Mapping[str, Mapping[str, Any]]
+    ) -> list[dict[str, Any]]:
         """Complete groups of both roles, and what groups that are added later begin with."""
         by_role = {role: [plan for plan in plans if plan.role == role] for role in ROLES}
         groups: dict[int, dict[str, Any]] = {}
@@ -287,8 +293,8 @@ class STAC(RuleOptimizer):
                 made = updater.groups(some, has_other=has_other)
                 groups.update((id(plan), group) for plan, group in zip(some, made, strict=True))
             else:
-                warn_of_empty_role(role, updater.own)
-            self._new_values[role] = updater.values_of_new_groups(made if some else [], has_other=has_other)
+                warn_of_empty_role(role, given[role])
+            self._new_values[role] = fresh(updater.values_of_new_groups(made if some else [], has_other=has_other))
         result = [groups[id(plan)] for plan in plans]
         settle_names(result)
         unshare_lr(result)
@@ -409,6 +415,9 @@ class STAC(RuleOptimizer):
             raise ValueError(f"{guest.rule.name} takes one group alone")
         refuse_near_miss(plan.values, guest.optimizer.defaults, "param_group: ")
         check_common(plan.values, "param_group: ")
+        unread = [key for key in plan.values if key in self.defaults and key not in guest.groups[0]]
+        if unread:
+            raise ValueError(f"param_group: {unread[0]!r} is no hyper-parameter of {guest.rule.name}")
         values = with_lr_of_ratio({**self._new_values[plan.role], **plan.values}, guest.groups[0].get("lr"))
         given = {**values, **group, "params": list(plan.params)}
         guest.add_param_group(given)

@@ -61,12 +61,27 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         "trunk_optimizer": partial(Lion, cautious=True, foreach=False),
     },
 }
+# On other numbers of ranks and other meshes.
+ON_MESHES = (
+    "default",
+    "cautious",
+    "all-cap-fused",
+    "int8-state",
+    "rounding-cautious-int8",
+    "rounding-all-cap",
+    "lion-cautious-rounding",
+)
 
 
 @pytest.mark.parametrize("part", [0, 1])
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_shards_step_as_whole_ones(world_size: int, part: int, tmp_path: Path) -> None:
-    cases = dict(list(ARGUMENTS.items())[part::2])
+def test_uneven_shards_step_as_whole_ones(part: int, tmp_path: Path) -> None:
+    assert_shards_step_as_whole(shard_each, 3, dict(list(ARGUMENTS.items())[part::2]), tmp_path)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_shards_of_as_many_ranks_step_as_whole_ones(world_size: int, tmp_path: Path) -> None:
+    """Even shards, and more ranks than some parameters have rows."""
+    cases = {name: ARGUMENTS[name] for name in (*ON_MESHES, "momentum-0-cautious-foreach", "decay-maximize-amsgrad")}
     assert_shards_step_as_whole(shard_each, world_size, cases, tmp_path)
 
 
@@ -119,15 +134,6 @@ MESHES: dict[str, tuple[Any, dict[str, Any]]] = {
     "in-part": (shard_in_part, {}),
     "rows-and-columns": (shard_columns, {}),
 }
-ON_MESHES = (
-    "default",
-    "cautious",
-    "all-cap-fused",
-    "int8-state",
-    "rounding-cautious-int8",
-    "rounding-all-cap",
-    "lion-cautious-rounding",
-)
 # These need whole rows.
 UNFIT = {"rows-and-columns": {"int8-state", "rounding-cautious-int8", "rounding-all-cap", "lion-cautious-rounding"}}
 UNFIT["tensor-parallel"] = {"rounding-cautious-int8", "rounding-all-cap", "lion-cautious-rounding"}

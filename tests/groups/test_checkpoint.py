@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from stac_optimizer import STAC
+from stac_optimizer.optim import AdamW, Lion
 from tests.runs import Build, assert_equal_runs, built, stepped
 from tests.support import (
     assert_same_bits,
@@ -64,6 +66,14 @@ BUILDS = [
     _row("single", foreach=False),
     _row("fused", fused=True),
     _row("fused-amsgrad", fused=True, amsgrad=True),
+    _row("lion", trunk_optimizer=Lion, weight_decay=0.1),
+    _row(
+        "lion-cautious-rounding",
+        dtype=torch.bfloat16,
+        trunk_optimizer=partial(Lion, cautious=True, betas=(0.8, 0.9)),
+        stochastic_rounding=True,
+    ),
+    _row("lion-in-the-cap", cap_optimizer=Lion, trunk_optimizer=AdamW),
     pytest.param(lambda model: _explicit(model, named=True), torch.float32, id="groups-named"),
     pytest.param(lambda model: _explicit(model, named=False), torch.float32, id="groups-unnamed"),
 ]

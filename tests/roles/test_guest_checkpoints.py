@@ -1,4 +1,4 @@
-"""Foreign optimizers in a role: checkpoints of torch.distributed, loads that are refused, copies, and resets."""
+"""Foreign optimizers in a role, and own ones: torch.distributed.checkpoint, loads that are refused, copies, resets."""
 
 from __future__ import annotations
 
@@ -220,3 +220,30 @@ def test_copies_warn_of_what_the_original_would(monkeypatch: pytest.MonkeyPatch)
                 group["lr"] = lr
             with pytest.warns(UserWarning, match="all groups have the learning rate") if lr < 0.5 else nullcontext():
                 take_steps(model, optimizer, [3])
+
+
+def test_state_that_was_thrown_away_is_made_anew_for_another_dtype() -> None:
+    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 2))
+    optimizer = STAC(model, trunk_state_dtype="int8")
+    set_gradients(model, 0)
+    optimizer.step()
+    model.zero_grad()
+    model.double()
+    optimizer.state.clear()
+    set_gradients(model, 1)
+    optimizer.step()
+    assert parameter_state(optimizer, model, "0.weight")["exp_avg"].dtype == torch.float64
+
+
+def test_average_of_an_adamw_that_went_the_other_way_is_refused() -> None:
+    model = two_layers()
+    ascending = optim.AdamW(model.parameters(), maximize=True)
+    set_gradients(model, 0)
+    ascending.step()
+    saved = ascending.state_dict()
+    with pytest.raises(ValueError, match="give both the same maximize"):
+        STAC(model).load_adamw_state_dict(saved, model)
+    optimizer = STAC(model, maximize=True)
+    optimizer.load_adamw_state_dict(saved, model)
+    loaded = parameter_state(optimizer, model, "0.weight")["exp_avg"]
+    assert_same_bits(loaded, saved["state"][0]["exp_avg"])

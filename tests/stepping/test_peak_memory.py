@@ -10,6 +10,7 @@ from torch import nn
 
 from benchmark_step import transient_bytes_of
 from stac_optimizer import STAC
+from stac_optimizer.optim import Lion
 
 SHAPE = (8192, 2048)  # 64 MiB in float32, 32 MiB in bfloat16
 MOST = 32 * 2**20
@@ -20,6 +21,8 @@ CASES = [
     pytest.param("trunk", torch.float32, {"trunk_cautious": True}, id="trunk-cautious"),
     pytest.param("trunk", torch.float32, {"trunk_state_dtype": torch.int8}, id="trunk-int8"),
     pytest.param("trunk", torch.bfloat16, {"stochastic_rounding": True}, id="trunk-rounding"),
+    pytest.param("trunk", torch.float32, {"trunk_optimizer": Lion}, id="lion"),
+    pytest.param("trunk", torch.bfloat16, {"trunk_optimizer": Lion, "stochastic_rounding": True}, id="lion-rounding"),
     pytest.param("cap", torch.float32, {}, id="cap"),
     pytest.param("cap", torch.bfloat16, {"stochastic_rounding": True}, id="cap-rounding"),
     pytest.param("cap", torch.float32, {"foreach": True}, id="cap-foreach"),

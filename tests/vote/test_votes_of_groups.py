@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,13 +22,18 @@ from tests.support import seeded_loss, small_model
 from tests.voting import seed_of, voting
 
 
+class Schedule:
+    def __repr__(self) -> str:
+        return f"<Schedule at {os.getpid()}>"  # as addresses, another one in every process
+
+
 class Scheduled(torch.optim.SGD):
-    """Its groups hold a function, which has another address in every process."""
+    """Its groups hold an object."""
 
     def __init__(self, params: Any, lr: float = 0.1) -> None:
         super().__init__(params, lr=lr)
         for group in self.param_groups:
-            group["schedule"] = lambda step: 1 / (1 + step)
+            group["schedule"] = Schedule()
 
 
 def apart() -> bool:
@@ -55,7 +61,7 @@ def extended() -> tuple[list[Any], list[Any]]:
     model = small_model()
     ddp = DistributedDataParallel(model)
     model[1].requires_grad_(False)
-    optimizer = voting(ddp, cap_optimizer=Scheduled)
+    optimizer = voting(ddp, cap_optimizer=Scheduled, weight_decay=0.0)
     model[1].requires_grad_(True)
     optimizer.add_param_group({"params": list(model[1].named_parameters("1")), "stac_role": "trunk"})
     seeded_loss(ddp, seed_of(0)).backward()

@@ -147,18 +147,20 @@ class OwnStateGuest(Guest):
             saved = [tuple(item) if isinstance(item, Sequence) and key == "shapes" else item for item in data[key]]
             if saved != present:
                 raise ValueError(f"{what} has other {key}: {saved}, this optimizer's has {present}")
-        if len(data["written"]) != len(self._built):
-            raise ValueError(f"{what} has {len(data['written'])} groups, this optimizer's has {len(self._built)}")
         reader = GraphReader(self._params, copy.deepcopy(data["nodes"]), may_build)
         try:
+            written = [set(keys) for keys in data["written"]]
             reader.read({"node": 0}, self.optimizer)
         except (IndexError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{what} is broken: {type(error).__name__} {error}") from error
 
+        if len(written) != len(self._built):
+            raise ValueError(f"{what} has {len(data['written'])} groups, this optimizer's has {len(self._built)}")
+
         def load() -> None:
             self._take_back()
             reader.commit()
-            self._written = [set(keys) for keys in data["written"]]
+            self._written = written
 
         return load
 

@@ -25,7 +25,7 @@ from stac_optimizer.roles.own_state import guest_of
 from stac_optimizer.roles.plan import GroupPlan
 from stac_optimizer.rule import Rule
 
-__all__ = ["OptimizerFunction", "Updater"]
+__all__ = ["OptimizerFunction", "Updater", "fresh"]
 
 OptimizerFunction = Callable[[Any], Optimizer]
 """From parameter groups to an optimizer of them: a class, a ``functools.partial`` of one, a lambda."""
@@ -118,7 +118,7 @@ class Updater:
             values = {key: value for key, value in plan.values.items() if key != LR_RATIO}
             params = _pairs(plan) if plan.names is not None and self.native is not None else plan.params
             where = {"stac_role": self.role} if self.native is not None else {}
-            given.append({"params": list(params), **where, **base, **_fresh(values)})
+            given.append({"params": list(params), **where, **base, **fresh(values)})
         wheres = [plan.where or f"{self.role}: " for plan in plans]
         optimizer = self.function(list(map(RoleGroup, given, wheres)))
         if not isinstance(optimizer, Optimizer):
@@ -220,7 +220,7 @@ def _pairs(plan: GroupPlan) -> list[tuple[str, Tensor]]:
     return list(zip(plan.names or (), plan.params, strict=True))
 
 
-def _fresh(values: Mapping[str, Any]) -> dict[str, Any]:
+def fresh(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values of which no tensor is shared with other groups: schedulers write into it in place."""
     return {key: value.clone() if isinstance(value, Tensor) else value for key, value in values.items()}
 

@@ -51,7 +51,8 @@ def _rates(groups: Iterable[Group]) -> set[float]:
     rates = [group.get("lr") for group in groups]
     if any(isinstance(rate, Tensor) and not rate.is_cpu for rate in rates):
         return set()
-    return {float(rate) for rate in rates if rate is not None} - {0.0}
+    values = [rate.detach() if isinstance(rate, Tensor) else rate for rate in rates if rate is not None]
+    return set(map(float, values)) - {0.0}
 
 
 class IdleRoles:
