@@ -188,7 +188,11 @@ def _emptied(data: dict[str, Any]) -> None:
     data["nodes"][1] = {}
 
 
-@pytest.mark.parametrize("damage", [_cut, _emptied], ids=["cut", "empty"])
+def _miscounted(data: dict[str, Any]) -> None:
+    data["written"] = 5
+
+
+@pytest.mark.parametrize("damage", [_cut, _emptied, _miscounted], ids=["cut", "empty", "count"])
 def test_damaged_state_of_its_own_is_refused_with_words(damage: Callable[[dict[str, Any]], object]) -> None:
     model, optimizer = run(Averages)
     saved = copy.deepcopy(optimizer.state_dict())

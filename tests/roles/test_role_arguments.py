@@ -114,7 +114,7 @@ def test_nonfinite_check_is_asked_of_every_function(function: Any) -> None:
 LR = torch.tensor(1e-3)
 
 
-@pytest.mark.parametrize("function", [None])
+@pytest.mark.parametrize("function", [None, Lion, optim.SGD])
 def test_tensor_lr_is_no_other_groups_nor_what_later_groups_begin_with(function: Any) -> None:
     model = two_layers()
     optimizer = STAC(model, lr=LR.clone(), trunk_optimizer=function)
@@ -123,17 +123,19 @@ def test_tensor_lr_is_no_other_groups_nor_what_later_groups_begin_with(function:
     set_gradients(model, 0)
     optimizer.step()
     schedule.step()
-    optimizer.add_param_group(group_of("trunk", "3"))
-    trunk, cap, added = (group["lr"] for group in optimizer.param_groups)
-    assert (float(trunk), float(cap), float(added)) == pytest.approx((begin / 10, 1e-4, begin))
-    assert len({lr.data_ptr() for lr in (trunk, cap, added)}) == 3
+    for role in ("trunk", "cap"):
+        optimizer.add_param_group(group_of(role, f"added.{role}"))
+    rates = [group["lr"] for group in optimizer.param_groups]
+    assert list(map(float, rates)) == pytest.approx([begin / 10, 1e-4, begin, 1e-3])
+    assert len({rate.data_ptr() for rate in rates}) == 4
 
 
 def test_added_group_of_a_class_alone_has_a_tensor_lr_of_its_own() -> None:
     optimizer = Lion(nn.Linear(2, 2).parameters(), lr=LR.clone())
+    optimizer.param_groups[0]["lr"].fill_(0.5)
     optimizer.add_param_group({"params": list(nn.Linear(2, 2).parameters())})
     first, second = (group["lr"] for group in optimizer.param_groups)
-    first.fill_(0.5)
+    first.fill_(0.25)
     assert float(second) == pytest.approx(1e-3)
 
 
@@ -173,6 +175,8 @@ def test_group_is_added_to_a_function_that_has_written_all() -> None:
         ({"lr": -1.0}, ValueError, "param_group: lr must be"),
         ({"lr": "fast"}, TypeError, "param_group: lr must be"),
         ({"momentun": 0.5}, ValueError, "did you mean 'momentum'"),
+        ({"stochastic_rounding": True}, ValueError, r"'stochastic_rounding' is no hyper-parameter of torch\.SGD"),
+        ({"vote": "ternary"}, ValueError, r"'vote' is no hyper-parameter of torch\.SGD"),
     ],
 )
 def test_wrong_value_of_a_group_added_to_a_guest_changes_nothing(
@@ -218,6 +222,13 @@ def messages_of(build: Callable[[], object]) -> list[str]:
         warnings.simplefilter("always")
         build()
     return [str(warning.message) for warning in caught]
+
+
+@pytest.mark.parametrize("arguments", [{"trunk_lr": 0.1}, {"trunk_optimizer": Lion}])
+def test_argument_of_a_role_without_parameters_draws_a_warning(arguments: dict[str, Any]) -> None:
+    (message,) = messages_of(lambda: STAC(two_layers(), last_n_layers=9, **arguments))
+    assert f"{next(iter(arguments))} is" in message
+    assert "the trunk has no parameters" in message
 
 
 def _embedder() -> nn.Sequential:

@@ -23,9 +23,10 @@ def rates(optimizer: torch.optim.Optimizer) -> list[float]:
 
 
 def messages_of(run: Callable[[], object]) -> list[str]:
-    """The warnings that a run gives."""
+    """The warnings that a run gives, but for torch's own of what its schedulers do to each other."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", message="The epoch parameter")
         run()
     return [str(warning.message) for warning in caught]
 
