@@ -12,11 +12,7 @@ from torch import Tensor, nn
 from stac_optimizer.distributed.vote import MajorityVote
 from stac_optimizer.groups.given import settle_names
 from stac_optimizer.groups.keys import (
-    check_common,
     check_parameters,
-    checked,
-    hyperparameters_of,
-    refuse_near_miss,
     unshare_lr,
 )
 from stac_optimizer.groups.translation import from_adamw
@@ -30,14 +26,14 @@ from stac_optimizer.roles.arguments import (
     refuse_unread,
     refuse_unread_shared,
     rule_arguments,
-    warn_of_empty_role,
 )
+from stac_optimizer.roles.building import group_of_guest, group_of_rule, groups_of
 from stac_optimizer.roles.from_groups import partition_of
 from stac_optimizer.roles.guests import Guest
-from stac_optimizer.roles.overrides import Overrides, with_lr_of_ratio
-from stac_optimizer.roles.plan import ROLES, GroupPlan, planned_as_given
+from stac_optimizer.roles.overrides import Overrides
+from stac_optimizer.roles.plan import ROLES, planned_as_given
 from stac_optimizer.roles.split import as_given, plans_of, warn_of_embeddings, without_arguments
-from stac_optimizer.roles.updater import OptimizerFunction, Updater, fresh
+from stac_optimizer.roles.updater import OptimizerFunction, Updater
 from stac_optimizer.rule import Group
 from stac_optimizer.stepping.checks import check_finite
 from stac_optimizer.stepping.watch import IdleRoles, OneLr
@@ -261,7 +257,7 @@ class STAC(RuleOptimizer):
             "trunk": {"lr": trunk_lr, "weight_decay": trunk_weight_decay, "optimizer": trunk_optimizer},
             "cap": {"lr": cap_lr, "weight_decay": cap_weight_decay, "optimizer": cap_optimizer},
         }
-        groups = self._groups_of(plans, updaters, given)
+        groups, self._new_values = groups_of(plans, updaters, given)
         encoding = None if vote is None else vote.encoding
         defaults = {**rule_arguments(Signum, of_trunk), "vote": encoding, **rule_arguments(AdamW, of_cap), **shared}
         rules = {updater.rule.name: updater.rule for updater in updaters.values() if updater.rule is not None}
@@ -278,33 +274,6 @@ class STAC(RuleOptimizer):
         self._warn()
         warn_of_embeddings(layers, groups, rules, is_own=trunk_optimizer is None)
         self._one_lr, self._idle_roles = OneLr(groups), IdleRoles()
-
-    def _groups_of(
-        self, plans: Sequence[GroupPlan], updaters: Mapping[str, Updater], given: Mapping[str, Mapping[str, Any]]
-    ) -> list[dict[str, Any]]:
-        """Complete groups of both roles, and what groups that are added later begin with."""
-        by_role = {role: [plan for plan in plans if plan.role == role] for role in ROLES}
-        groups: dict[int, dict[str, Any]] = {}
-        self._new_values: dict[str, dict[str, Any]] = {}
-        for role, some in by_role.items():
-            updater = updaters[role]
-            has_other = any(others for other, others in by_role.items() if other != role)
-            if some:
-                made = updater.groups(some, has_other=has_other)
-                groups.update((id(plan), group) for plan, group in zip(some, made, strict=True))
-            else:
-                warn_of_empty_role(role, given[role])
-            self._new_values[role] = fresh(updater.values_of_new_groups(made if some else [], has_other=has_other))
-        result = [groups[id(plan)] for plan in plans]
-        settle_names(result)
-        unshare_lr(result)
-        sides = {bool(group.get("maximize", False)) for group in result}
-        if len(sides) > 1 or (updaters["trunk"].offered["maximize"] and sides == {False}):
-            raise ValueError(
-                "the roles disagree on maximize: one ascends and the other descends; give the same to STAC and to "
-                "trunk_optimizer and cap_optimizer"
-            )
-        return result
 
     def _refuse_missing_closures(self) -> None:
         for role, guest in self._guests.items():
@@ -390,40 +359,22 @@ class STAC(RuleOptimizer):
                 "'cap' in it. To unfreeze parameters later, build STAC with include_frozen=True instead"
             )
         (plan,) = planned_as_given([param_group])
-        index = sum(group["stac_role"] == plan.role for group in self.param_groups)
-        if plan.role in self._guests:
-            self._extend_guest(self._guests[plan.role], plan, index)
-            return
-        values = self._new_values.get(plan.role)
-        if not values:
+        values, guest = self._new_values[plan.role], self._guests.get(plan.role)
+        if guest is None and not values:
             raise RuntimeError(
                 f"the {plan.role} has no optimizer to add a group to; give it parameters at construction"
             )
-        rule = self._rules[values["rule"]]
-        refuse_near_miss(plan.values, hyperparameters_of(rule), "param_group: ")
-        whole = with_lr_of_ratio({**values, **plan.values}, values["lr"])
-        group = {**whole, **checked(whole, rule, "param_group: "), "params": plan.params}
-        if isinstance(group["lr"], Tensor):
-            group["lr"] = group["lr"].clone()  # or a schedule of this group would move what the next one begins with
-        self._extend([{**group, **plan.structure(index, rule.name)}])
-
-    def _extend_guest(self, guest: Guest, plan: GroupPlan, index: int) -> None:
-        group = {"params": plan.params, **plan.structure(index, guest.rule.name)}
+        index = sum(group["stac_role"] == plan.role for group in self.param_groups)
+        if guest is None:
+            self._extend([group_of_rule(plan, self._rules[values["rule"]], values, index)])
+            return
+        shared = {key: self.param_groups[0][key] for key in ("error_if_nonfinite", "betas")}
+        group = group_of_guest(plan, guest, values, index, known=self.defaults)
         settle_names([*map(dict, self.param_groups), group])
         check_parameters([group], self._rules)
-        if guest.needs_closure:
-            raise ValueError(f"{guest.rule.name} takes one group alone")
-        refuse_near_miss(plan.values, guest.optimizer.defaults, "param_group: ")
-        check_common(plan.values, "param_group: ")
-        unread = [key for key in plan.values if key in self.defaults and key not in guest.groups[0]]
-        if unread:
-            raise ValueError(f"param_group: {unread[0]!r} is no hyper-parameter of {guest.rule.name}")
-        values = with_lr_of_ratio({**self._new_values[plan.role], **plan.values}, guest.groups[0].get("lr"))
-        given = {**values, **group, "params": list(plan.params)}
-        guest.add_param_group(given)
-        given = {**{key: self.param_groups[0][key] for key in ("error_if_nonfinite", "betas")}, **given}
-        self.param_groups.append(given)
-        unshare_lr(group for group in self.param_groups if "lr" in group)
+        guest.add_param_group(group)
+        self.param_groups.append({**shared, **group})
+        unshare_lr(self.param_groups)
         self._tie()
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # as the base
