@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from stac_optimizer import STAC
 from stac_optimizer.optim.signum import fused as fused_paths
+from stac_optimizer.tensors import codes
 from tests.rule_cases import random_gradients, step_with, zoo
 from tests.support import assert_same_bits
 
@@ -28,6 +29,7 @@ pytest.importorskip("triton")
 import triton.language as tl
 from triton.runtime import interpreter
 
+from stac_optimizer.optim.signum import triton_kernels
 from stac_optimizer.optim.signum.triton import fused_signum
 
 # The interpreter computes with numpy, which warns of NaN and infinity, and that of Triton 3.2 in a way deprecated now.
@@ -223,6 +225,11 @@ def plain_step(case: Case, param: Tensor, grad: Tensor, exp_avg: Tensor, scale: 
         direction = direction * mask.to(arithmetic) / mean.clamp(min=case.cautious_floor)
     w = w - direction * torch.tensor(case.lr, dtype=arithmetic)
     return [round_stochastically(w, seed) if case.is_stochastic else w.to(param.dtype), exp_avg, scale]
+
+
+def test_codes_of_the_kernels_are_those_of_the_other_paths() -> None:
+    constants = (triton_kernels.ROW.value, triton_kernels.LEVELS.value, triton_kernels.LEAST_SCALE.value)
+    assert constants == (codes.BLOCK, codes.LEVELS, codes.LEAST_SCALE)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stac_optimizer import STAC, last_layers
+from stac_optimizer.optim import AdamW, Lion, Signum
 from stac_optimizer.optimizer import RuleOptimizer
 from stac_optimizer.rule import (
     COUNTER,
@@ -150,8 +152,6 @@ def test_role_starts_at_the_rules_share_of_the_lr_beside_another_role() -> None:
 
 
 def test_defaults_of_two_rules_for_one_key_do_not_mix() -> None:
-    from stac_optimizer.optim import Lion  # noqa: PLC0415 - beside what it shows
-
     optimizer = STAC(small_model(), trunk_optimizer=Lion)
     assert [group["betas"] for group in optimizer.param_groups] == [(0.9, 0.99), (0.9, 0.999)]
     assert STAC(small_model(), trunk_optimizer=Lion, betas=(0.5, 0.6)).param_groups[0]["betas"] == (0.9, 0.99)
@@ -231,6 +231,12 @@ def test_arguments_that_cannot_be_are_refused(arguments: dict[str, Any], error: 
 def test_parameters_that_cannot_be_are_refused(params: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         Scaled(params)
+
+
+@pytest.mark.parametrize("kind", [Signum, AdamW, Lion])
+def test_every_hyperparameter_is_an_argument_of_its_class(kind: type[RuleOptimizer]) -> None:
+    known = set(inspect.signature(kind).parameters)
+    assert {"lr", "weight_decay", *kind.rule.hyperparameters} <= known
 
 
 def test_keys_of_frameworks_pass() -> None:
