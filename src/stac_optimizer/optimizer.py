@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, overload
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from stac_optimizer.groups.keys import check_parameters, defaults_of, unshare_lr
 from stac_optimizer.model.names import named_parameters
 from stac_optimizer.rule import COUNTER, Group, Rule, StepInputs
 from stac_optimizer.stepping.checks import check_capture, check_scaler, check_step, only_makes_state
+from stac_optimizer.stepping.gathering import Declared, states_of_kind, with_state
 from stac_optimizer.stepping.release import GradientRelease
 from stac_optimizer.stepping.voting import check_on_all_ranks, share_gradients_
 from stac_optimizer.validation import mapping, warn
@@ -74,7 +75,7 @@ class RuleOptimizer(Optimizer):
         """Become an optimizer of groups that are complete and checked."""
         self._rules = rules
         # By the position of a group's first parameter.
-        self._declared: dict[int, tuple[object, list[_Declared | None]]] = {}
+        self._declared: dict[int, tuple[object, list[Declared | None]]] = {}
         self._is_building = True
         # A schedule that fills a group's lr in place must not change what later groups begin with.
         super().__init__(groups, {key: v.clone() if isinstance(v, Tensor) else v for key, v in defaults.items()})
@@ -281,7 +282,7 @@ class RuleOptimizer(Optimizer):
             self._init_group(group, start, positions, kinds, params, grads, *states)
             start += len(group["params"])
             for kind in sorted(set(kinds)):
-                held = _states_of_kind(keys, states, kinds, kind)
+                held = states_of_kind(keys, states, kinds, kind)
                 of_kind = (params, grads, positions)
                 if len(held["step"]) < len(params):
                     chosen = [index for index, other in enumerate(kinds) if other == kind]
@@ -324,7 +325,7 @@ class RuleOptimizer(Optimizer):
                 continue
             known = declared[index]
             if known is None or known.param is not param or known.last not in state:
-                known = declared[index] = _with_state(rule, param, group, state)
+                known = declared[index] = with_state(rule, param, group, state)
             for place, key in known.keys:
                 states[place].append(state[key])
             positions.append(start + index)
@@ -396,44 +397,3 @@ class RuleOptimizer(Optimizer):
             state: of each parameter, as it will be loaded.
         """
         return lambda: None
-
-
-class _Declared(NamedTuple):
-    """What a rule declared of a parameter's state, remembered for as long as its group says the same.
-
-    Args:
-        param: the parameter.
-        kind: which of the rule's keys its state has, as bits.
-        keys: those, each after its place among the rule's.
-        last: the key that is made last.
-    """
-
-    param: Tensor
-    kind: int
-    keys: Sequence[tuple[int, str]]
-    last: str
-
-
-def _with_state(rule: Rule, param: Tensor, group: Group, state: dict[str, Tensor]) -> _Declared:
-    """What the rule declares of a parameter, once all of it is in its state."""
-    tensors = rule.state(param, group)
-    for tensor in tensors:
-        if tensor.key not in state:
-            state[tensor.key] = tensor.create(param, group)
-    keys = [(rule.state_keys.index(tensor.key), tensor.key) for tensor in tensors]
-    return _Declared(param, sum(1 << place for place, _ in keys), keys, keys[-1][1])
-
-
-def _states_of_kind(
-    keys: Sequence[str], states: Sequence[list[Tensor]], kinds: Sequence[int], kind: int
-) -> dict[str, list[Tensor]]:
-    """By key the state of the parameters of one kind."""
-    is_only = len(set(kinds)) == 1
-    result = {}
-    for place, (key, tensors) in enumerate(zip(keys, states, strict=True)):
-        if kind >> place & 1:
-            holders = [] if is_only else [other for other in kinds if other >> place & 1]
-            result[key] = (
-                tensors if is_only else [t for t, other in zip(tensors, holders, strict=True) if other == kind]
-            )
-    return result
