@@ -65,13 +65,10 @@ def _given_group(group: Any, where: str, rule: Rule, defaults: Mapping[str, Any]
         raise TypeError(f"{where}expected a dict, as the first group is one, got {type(group).__name__}")
     where = group.where if isinstance(group, RoleGroup) else where
     refuse_near_miss(group, hyperparameters_of(rule), where)
-    items = given_params(group, where)
-    names = [item[0] for item in items if isinstance(item, tuple)]
-    if names and len(names) != len(items):
-        raise ValueError(f"{where}params must all have names or none, got {len(names)} names for {len(items)}")
-    result = {**group, "params": [item[1] if isinstance(item, tuple) else item for item in items], "rule": rule.name}
+    params, names = given_params(group, where)
+    result = {**group, "params": params, "rule": rule.name}
     result.pop("param_names", None)
-    if names:
+    if names is not None:
         result["param_names"] = names
     return {**result, **checked({**defaults, **group}, rule, where)}
 
@@ -110,8 +107,21 @@ def _refuse_repeated(named: Iterable[tuple[str, Tensor]]) -> None:
         seen.add(id(param))
 
 
-def given_params(group: Mapping[str, Any], where: str) -> list[Any]:
-    """Parameters, or (name, parameter) pairs, of a given group."""
+def given_params(group: Mapping[str, Any], where: str) -> tuple[list[Tensor], list[str] | None]:
+    """The parameters of a given group, and their names; None where they came without.
+
+    Raises:
+        TypeError: something of the wrong type.
+        ValueError: no parameters, an exhausted iterator, names of some alone.
+    """
+    items = _given_items(group, where)
+    names = [item[0] for item in items if isinstance(item, tuple)]
+    if names and len(names) != len(items):
+        raise ValueError(f"{where}params must all have names or none, got {len(names)} names for {len(items)}")
+    return [item[1] if isinstance(item, tuple) else item for item in items], names or None
+
+
+def _given_items(group: Mapping[str, Any], where: str) -> list[Any]:
     if "params" not in group:
         raise ValueError(f"{where}params is missing")
     params = group["params"]

@@ -106,15 +106,12 @@ def planned_as_given(given: Iterable[Any]) -> list[GroupPlan]:
                 "STAC(model, overrides=[(vectors(), {'weight_decay': 0.0})])"
             )
         role = one_of(where + "stac_role", group["stac_role"], ROLES)
-        items = given_params(group, where)
-        names = [item[0] for item in items if isinstance(item, tuple)]
-        if names and len(names) != len(items):
-            raise ValueError(f"{where}params must all have names or none, got {len(names)} names for {len(items)}")
+        params, names = given_params(group, where)
         plans.append(
             GroupPlan(
                 role=role,
-                params=[item[1] if isinstance(item, tuple) else item for item in items],
-                names=names or None,
+                params=params,
+                names=names,
                 values=checked_ratio({key: group[key] for key in group if key not in STRUCTURE_KEYS}, where),
                 types=dict(zip(group.get("layer_names", ()), group.get("layer_types", ()), strict=False)),
                 is_given=True,

@@ -20,7 +20,7 @@ from stac_optimizer.tensors import rounding
 from stac_optimizer.tensors.cutting import block_numel, filled, units
 from stac_optimizer.tensors.layouts import indices_by_device_and_dtype
 from stac_optimizer.tensors.pieces import Lists, Piece, Unit, is_recorded
-from stac_optimizer.tensors.precision import arithmetic_dtype
+from stac_optimizer.tensors.precision import arithmetic_dtype, unscaled
 
 __all__ = ["Sums", "step_prepared"]
 
@@ -143,9 +143,7 @@ def _update_parts(
 
 def _prepared_gradient(grad: Tensor, dtype: torch.dtype, inputs: StepInputs) -> Tensor:
     """The gradient to descend along; the stored one is not written to."""
-    grad = grad.to(dtype)
-    if inputs.grad_scale is not None:
-        grad = grad / inputs.grad_scale.to(grad.device)
+    (grad,) = unscaled([grad.to(dtype)], inputs.grad_scale)
     return -grad if inputs.group["maximize"] else grad
 
 
