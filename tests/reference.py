@@ -95,6 +95,13 @@ def exact_levels(m: Array, scales: Array) -> Array:
     return 127 * np.sqrt(np.divide(np.abs(m), s, out=np.zeros_like(m), where=s > 0))
 
 
+def rounded_levels(exact: Array, chances: Array | float) -> Array:
+    """The level below or above: above where the square lies further between theirs than a chance in (0, 1) does."""
+    below = np.floor(exact)
+    levels: Array = below + ((exact**2 - below**2) / (2 * below + 1) > chances)
+    return levels
+
+
 def decoded(codes: Array, scales: Array) -> Array:
     """Averages of the codes of a matrix: s c |c| / 127^2."""
     return over_columns(scales, codes.shape[1]) * codes * np.abs(codes) / 127**2

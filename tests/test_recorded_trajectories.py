@@ -3,13 +3,17 @@
 Weights and gradients are small integers, hashed and divided by a power of two, so they are the same on every machine;
 no random number and no matrix product is among them. The trunk's operations round correctly one by one, so its bits
 do not depend on the processor's vectors. Those of torch's AdamW do, hence the comparison with it in the same run.
+
+Where an update is to change, ``python -m tests.test_recorded_trajectories NAME ...`` records these cases anew; those of
+codes and of stochastic rounding are of the time since codes are rounded by chance.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -292,3 +296,18 @@ def test_trunk_is_as_recorded_and_cap_is_adamw(name: str, path: str) -> None:
 
 def test_every_case_is_recorded() -> None:
     assert recorded().keys() == CASES.keys()
+
+
+def record(names: Sequence[str]) -> None:
+    """Write what these cases do now, on the first of their paths, beside what was recorded of the others."""
+    cases = {**recorded(), **{name: run_case(CASES[name], CASES[name].paths[0])[1] for name in names}}
+    texts = []
+    for name, case in cases.items():
+        tensors = ",\n".join(f"      {json.dumps(key)}: {json.dumps(end)}" for key, end in case["tensors"].items())
+        steps = json.dumps(case["after_step"])
+        texts.append(f'  {json.dumps(name)}: {{\n    "after_step": {steps},\n    "tensors": {{\n{tensors}\n    }}\n  }}')
+    RECORDED.write_text("{\n" + ",\n".join(texts) + "\n}\n")
+
+
+if __name__ == "__main__":
+    record(sys.argv[1:])

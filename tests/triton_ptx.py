@@ -85,7 +85,8 @@ def compile_step(
         maximize=is_scaled,
         grad_scale=one,
         found_inf=one,
-        noise_seeds=torch.zeros(1, dtype=torch.int32) if is_stochastic else None,
+        noise_seeds=torch.zeros(1, dtype=torch.int32) if is_stochastic or state_dtype is torch.int8 else None,
+        rounds=is_stochastic,
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
 
 from stac_optimizer import STAC
@@ -113,7 +114,7 @@ def test_kernel_that_cannot_run_leaves_its_work_to_the_default_path(
     """As when dynamo finds, in mid-run, that it has compiled too often."""
 
     def broken(*_: Any) -> None:
-        raise RuntimeError("recompile limit reached\nand more")
+        raise FailOnRecompileLimitHit("recompile limit reached\nand more")
 
     idle = compiled.Run(Tensors(torch.zeros(2), torch.zeros(2)), None, None)
     kernels = compiled.LoopKernels(broken, broken, [idle] * at_once)
@@ -128,10 +129,22 @@ def test_kernel_that_cannot_run_leaves_its_work_to_the_default_path(
             give_gradients(params, seed)
         default.step()
         with (
-            pytest.warns(UserWarning, match=r"RuntimeError: recompile limit reached\)") if seed == 0 else nullcontext()
+            pytest.warns(UserWarning, match=r"Hit: recompile limit reached\)") if seed == 0 else nullcontext()
         ):
             fused.step()
     assert_same_runs(default, fused)
+
+
+def test_kernel_that_fails_while_it_runs_does_not_run_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    idle = compiled.Run(Tensors(torch.zeros(2), torch.zeros(2)), None, None)
+    monkeypatch.setattr(compiled, "_kernels_of", lambda variant: compiled.LoopKernels(full, full, [idle]))
+    params = weights(torch.float32)
+    give_gradients(params, 0)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        trunk_of(params, fused=True).step()
 
 
 def compilations() -> int:

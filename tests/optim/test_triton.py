@@ -122,6 +122,7 @@ class Tensors:
             **scalars,
             **{name: getattr(case, name) for name in names},
             "noise_seeds": self.noise_seeds,
+            "rounds": case.is_stochastic,
             **overrides,
         }
         fused_signum(*lists, **arguments)
@@ -166,15 +167,15 @@ def make(case: Case, dtype: torch.dtype, sizes: Sequence[int] = SIZES) -> Tensor
     params, grads, exp_avgs = ([random(size) for size in sizes] for _ in range(3))
     scales: list[Tensor] = []
     if case.is_coded:
-        scales = [encode(exp_avg)[1] for exp_avg in exp_avgs]
-        exp_avgs = [encode(exp_avg)[0] for exp_avg in exp_avgs]
+        scales = [encode(exp_avg, 0)[1] for exp_avg in exp_avgs]
+        exp_avgs = [encode(exp_avg, 0)[0] for exp_avg in exp_avgs]
     noise_seeds = torch.randint(-(2**31), 2**31, (len(sizes),), generator=generator, dtype=torch.int32)
     return Tensors(
         params=[param.to(DEVICE, dtype) for param in params],
         grads=[grad.to(DEVICE, case.grad_dtype or dtype) for grad in grads],
         exp_avgs=[exp_avg.to(DEVICE, case.state_dtype or dtype) for exp_avg in exp_avgs] if case.has_momentum else [],
         scales=[scale.to(DEVICE) for scale in scales],
-        noise_seeds=noise_seeds.to(DEVICE) if case.is_stochastic else None,
+        noise_seeds=noise_seeds.to(DEVICE) if case.is_stochastic or case.is_coded else None,
     )
 
 
@@ -183,24 +184,33 @@ def decode(codes: Tensor, scale: Tensor) -> Tensor:
     return (c * c.abs() * (scale * torch.tensor(1 / 127**2))[:, None]).flatten()
 
 
-def encode(average: Tensor) -> tuple[Tensor, Tensor]:
+def encode(average: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """The level is found in float64, whose square roots are exact enough; the rest is exact in float32, too."""
     m = average.to(torch.float32).view(-1, ROW)
     s = m.abs().amax(1).where(m.isfinite().all(1), torch.inf)
     inverse = (torch.full_like(s, 127**2) / s).where((s > 1e-30) & (s < torch.inf), 0)
     y = m.abs() * inverse[:, None]
-    r = y.where(~y.isnan(), 0).double().sqrt() + 0.5
-    return torch.copysign(r, m.where(~m.isnan(), 0)).trunc().to(torch.int8).flatten(), s
+    y = y.where(~y.isnan(), 0).clamp(max=127**2).double()
+    r = y.sqrt().floor()
+    drawn = (noise(torch.arange(len(m)) * ROW, seed)[:, None] & 0xFFF) ^ (torch.arange(ROW) * 79 % 128 << 5)
+    r += y - r**2 > (2 * r + 1) * (2 * drawn + 1) / 2**13
+    return torch.copysign(r, m.where(~m.isnan(), 0)).to(torch.int8).flatten(), s
 
 
-def round_stochastically(weight: Tensor, seed: int) -> Tensor:
+def noise(positions: Tensor, seed: int) -> Tensor:
     """In int64, whose low 32 bits are those of uint32."""
     low = 0xFFFFFFFF
-    h = (torch.arange(weight.numel()) * 0x9E3779B1 + seed) & low
+    h = (positions * 0x9E3779B1 + seed) & low
     h = ((h ^ (h >> 16)) * 0x85EBCA6B) & low
-    h = ((h ^ (h >> 13)) * 0xC2B2AE35) & low
-    bits = ((weight.view(torch.int32).long() & low) + (h >> 16)) & 0xFFFF0000
-    rounded = bits.to(torch.uint32).view(torch.float32)
-    return rounded.where(~weight.isnan(), torch.nan).to(torch.bfloat16)
+    return ((h ^ (h >> 13)) * 0xC2B2AE35) & low
+
+
+def round_by_chance(values: Tensor, bits: Tensor) -> Tensor:
+    """By these 16 bits."""
+    low = 0xFFFFFFFF
+    kept = ((values.view(torch.int32).long() & low) + bits) & 0xFFFF0000
+    rounded = kept.to(torch.uint32).view(torch.float32)
+    return rounded.where(~values.isnan(), torch.nan).to(torch.bfloat16)
 
 
 def plain_step(case: Case, param: Tensor, grad: Tensor, exp_avg: Tensor, scale: Tensor, *, seed: int) -> list[Tensor]:
@@ -214,7 +224,12 @@ def plain_step(case: Case, param: Tensor, grad: Tensor, exp_avg: Tensor, scale: 
     if case.has_momentum:
         m = (decode(exp_avg, scale) if case.is_coded else exp_avg).to(arithmetic)
         m = m + (g - m) * torch.tensor(case.change_factor, dtype=arithmetic)
-        exp_avg, scale = encode(m) if case.is_coded else (m.to(exp_avg.dtype), scale)
+        if case.is_coded:
+            exp_avg, scale = encode(m, seed)
+        elif case.is_stochastic and exp_avg.dtype == torch.bfloat16:
+            exp_avg = round_by_chance(m, noise(torch.arange(m.numel()), seed) & 0xFFFF)
+        else:
+            exp_avg = m.to(exp_avg.dtype)
     w = param.to(arithmetic)
     if case.decay_factor is not None:
         w = w * torch.tensor(case.decay_factor, dtype=arithmetic)
@@ -224,12 +239,15 @@ def plain_step(case: Case, param: Tensor, grad: Tensor, exp_avg: Tensor, scale: 
         mean = mask.count_nonzero().to(arithmetic) / torch.tensor(mask.numel(), dtype=arithmetic)
         direction = direction * mask.to(arithmetic) / mean.clamp(min=case.cautious_floor)
     w = w - direction * torch.tensor(case.lr, dtype=arithmetic)
-    return [round_stochastically(w, seed) if case.is_stochastic else w.to(param.dtype), exp_avg, scale]
+    if case.is_stochastic:
+        return [round_by_chance(w, noise(torch.arange(w.numel()), seed) >> 16), exp_avg, scale]
+    return [w.to(param.dtype), exp_avg, scale]
 
 
 def test_codes_of_the_kernels_are_those_of_the_other_paths() -> None:
-    constants = (triton_kernels.ROW.value, triton_kernels.LEVELS.value, triton_kernels.LEAST_SCALE.value)
-    assert constants == (codes.BLOCK, codes.LEVELS, codes.LEAST_SCALE)
+    assert triton_kernels.ROW.value == codes.BLOCK
+    for name in ("LEVELS", "LEAST_SCALE", "ROOT_PARTS", "CHANCE_PARTS", "PLACES", "REST_BITS"):
+        assert getattr(triton_kernels, name).value == getattr(codes, name)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ from torch import Tensor
 from stac_optimizer.distributed.shards import local_views
 from stac_optimizer.rule.hyperparameters import Group
 from stac_optimizer.rule.preparation import Sums
+from stac_optimizer.tensors.kinds import has_data, has_own_operations
 from stac_optimizer.tensors.precision import LOW_PRECISION
 
-__all__ = ["LEAST_MASK_MEAN", "decay_", "mask_", "signs", "warning_of_lost_steps"]
+__all__ = ["LEAST_MASK_MEAN", "decay_", "mask_", "signs", "warning_of_lost_steps", "warning_of_stuck_averages"]
 
 # Liang et al. divide the masked step by the mean of the mask, floored by this.
 LEAST_MASK_MEAN = 1e-3
@@ -68,8 +69,37 @@ def warning_of_lost_steps(names: Sequence[str], params: Sequence[Tensor], group:
     )
 
 
+def warning_of_stuck_averages(
+    names: Sequence[str], kinds: Sequence[str], changes: Sequence[float], key: str, decay: float
+) -> str | None:
+    """Of a rule that goes by the signs of averages: which of them could never turn, and what to do; or None.
+
+    An average of which a step keeps the share ``decay`` loses 1 - decay of itself where the gradient is small beside
+    it. Where rounding takes that back, it keeps its sign whatever the gradients are by now.
+
+    Args:
+        names: of the parameters.
+        kinds: how their averages are held, in words.
+        changes: for each the least share of itself by which an average so held can change.
+        key: of the hyper-parameter.
+        decay: its value.
+    """
+    stuck = [place for place, change in enumerate(changes) if 1 - decay < change]
+    if not stuck:
+        return None
+    first = stuck[0]
+    return (
+        f"{key} is {decay:g}, and averages held in {kinds[first]} do not change by less than {changes[first]:.2g} of "
+        f"themselves, so from {1 - changes[first]:.5g} on those of {', '.join(repr(names[place]) for place in stuck)} "
+        "may keep their sign for ever. Lower it, hold averages in float32 (state_dtype=None beside float32 weights), "
+        "or round bfloat16 weights and their averages by chance (stochastic_rounding=True)"
+    )
+
+
 def _is_step_lost(param: Tensor, lr: float) -> bool:
-    if param.dtype not in LOW_PRECISION or param.is_meta or not param.numel() or not lr:
+    if param.dtype not in LOW_PRECISION or not param.numel() or not lr:
+        return False
+    if not has_data(param) or has_own_operations(local_views([param])[0]):
         return False
     param = local_views([param.detach()])[0]
     weights = param.float()

@@ -18,6 +18,7 @@ from stac_optimizer.rule.inputs import StateLists, StepInputs, TensorList
 from stac_optimizer.rule.state import count_step_
 from stac_optimizer.tensors import rounding
 from stac_optimizer.tensors.cutting import block_numel, filled, units
+from stac_optimizer.tensors.kinds import has_data
 from stac_optimizer.tensors.layouts import indices_by_device_and_dtype
 from stac_optimizer.tensors.pieces import Lists, Piece, Unit, is_recorded
 from stac_optimizer.tensors.precision import arithmetic_dtype, unscaled
@@ -69,7 +70,7 @@ def step_prepared(inputs: StepInputs, update: Update, *, is_whole: bool) -> None
         update: the rule's.
         is_whole: whether it must get whole parameters.
     """
-    count_step_(inputs.states["step"])
+    count_step_(inputs.states["step"], never_stops=inputs.group["stochastic_rounding"])
     keys = [key for key in inputs.states if key != "step"]
     lists = Lists(
         real_parts(inputs.params),
@@ -94,7 +95,7 @@ def _cut(lists: Lists, indices: Sequence[int], steps: Sequence[Tensor]) -> Itera
     """Blocks and packs; what is in one pack has taken as many steps."""
     by_step: dict[float, list[int]] = {}
     for index in indices:
-        is_told = lists.params[index].is_cpu and not is_recorded()
+        is_told = lists.params[index].is_cpu and has_data(steps[index]) and not is_recorded()
         by_step.setdefault(steps[index].item() if is_told else 0.0, []).append(index)
     for same in by_step.values():
         for unit in units(lists.only(same)):

@@ -33,14 +33,18 @@ class StateTensor:
     on_host: bool = False
 
     def create(self, param: Tensor, group: Group) -> Tensor:
-        """The first value."""
-        if self.shape is None:
-            result = torch.zeros_like(param, dtype=self.dtype_of(param), memory_format=torch.preserve_format)
-        elif len(self.shape) == 2:
-            result = zeros_by_row(param, *self.shape, dtype=self.dtype_of(param))
-        else:
-            result = torch.zeros(self.shape, dtype=self.dtype_of(param), device=self.device_of(param, group))
-        return result.fill_(self.fill) if self.fill else result
+        """The first value, to which steps may write in every context: never what inference mode makes."""
+        dtype = self.dtype_of(param)
+        with torch.inference_mode(False), torch.no_grad():
+            if self.shape is None:
+                result = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+            elif len(self.shape) == 2:
+                result = zeros_by_row(param, *self.shape, dtype=dtype)
+            elif not self.shape:  # a number: the only way to make it that fake tensors can read it
+                return torch.tensor(self.fill, dtype=dtype, device=self.device_of(param, group))
+            else:
+                result = torch.zeros(self.shape, dtype=dtype, device=self.device_of(param, group))
+            return result.fill_(self.fill) if self.fill else result
 
     def dtype_of(self, param: Tensor) -> torch.dtype:
         """The dtype once created."""
@@ -64,13 +68,30 @@ COUNTER = StateTensor(key="step", shape=(), dtype=torch.float32, on_host=True)
 """How many steps a parameter has taken. Every rule has it, and counts by :func:`count_step_` or is counted for."""
 
 
-def count_step_(steps: list[Tensor], found_inf: Tensor | None = None) -> None:
+# Half a unit in the last place of float32, and a little more, so that a sum is not rounded back.
+BEYOND_HALF_ULP = 2.0**-24 * (1 + 2.0**-20)
+
+
+def count_step_(steps: list[Tensor], found_inf: Tensor | None = None, *, never_stops: bool = False) -> None:
     """Add one to each counter, unless a GradScaler found infinity.
 
     On the CPU a tensor addend is four times faster: a scalar is wrapped anew for each.
+
+    Args:
+        steps: the counters.
+        found_inf: not 0 where a GradScaler found infinity.
+        never_stops: whether to go on from 2^24, where float32 holds no odd numbers and adding one changes nothing, to
+            the next number there is: for noise that is told from that of other steps by the counter.
     """
+    if never_stops and steps[0].dtype == torch.float32:
+        addends = torch._foreach_mul(steps, BEYOND_HALF_ULP)
+        torch._foreach_clamp_min_(addends, 1.0)
+        if found_inf is not None:
+            torch._foreach_mul_(addends, [(1 - found_inf).to(step.device) for step in steps])
+        torch._foreach_add_(steps, addends)
+        return
     if steps[0].is_cpu and not torch.compiler.is_compiling():
-        torch._foreach_add_(steps, torch.ones((), dtype=torch.float32, device="cpu"), alpha=1)
+        torch._foreach_add_(steps, torch.tensor(1.0, dtype=torch.float32, device="cpu"), alpha=1)
     else:
         torch._foreach_add_(steps, 1)
     if found_inf is not None:

@@ -5,11 +5,18 @@ one maybe shorter, so that a shard of whole rows has whole blocks. A block has o
 and for each element :math:`m` the code
 
 .. math::
-    c = \operatorname{round}(127 \sqrt{|m| / s}) \operatorname{sign}(m), \qquad m \approx s \, c |c| / 127^2
+    m \approx s \, c |c| / 127^2, \qquad |c| \in \{l, l + 1\}, \qquad l = \lfloor 127 \sqrt{|m| / s} \rfloor
 
 Spacing the codes by the square root keeps elements a thousand times smaller than their block's largest apart from
 zero, where evenly spaced codes lose them below one in 254. A block that holds NaN or infinity gets an infinite scale
 and zero codes, which decode to NaN: the fault shows, in the whole block.
+
+Note [Codes by chance]
+Of the two levels around an average one is taken by chance, so that the mean is right. To the nearest, an average whose
+changes are less than half of the spacing would keep its code, and its sign, for ever: at momentum 0.9 from a hundredth
+of the block's largest on. The random number of an element is that of its block, its bits flipped by those of the
+element's place: of a block's 128 numbers one falls into each 128th part of [0, 1), so that their errors nearly cancel,
+and to make one costs a single operation.
 """
 
 from __future__ import annotations
@@ -22,6 +29,7 @@ from torch import Tensor
 
 __all__ = [
     "BLOCK",
+    "CHANCE_PARTS",
     "can_be_coded",
     "decode",
     "encode_",
@@ -34,9 +42,17 @@ BLOCK = 128
 # Rows shorter than this keep their dtype: the scale would cost as much as it saves, and such tensors (biases, norms,
 # depthwise kernels) are a small share of a model.
 LEAST_COLUMNS = 64
-LEVELS = 127.0**2
+# Whole numbers, for torch.compile takes those for constants, and hands over fractions anew with every call.
+LEVELS = 127**2
 # Below it the quotient of LEVELS and scale could overflow; averages that small become zero.
 LEAST_SCALE = 1e-30
+# Square roots round differently on different paths, all of them to within one part in so many.
+ROOT_PARTS = 2**15
+# Random numbers are odd multiples of one part in so many. So the least is well beyond what roots leave open, their
+# products with odd numbers up to 255 are exact, and rarer chances are none.
+CHANCE_PARTS = 2**13
+# An odd number by which places spread over a block, and what remains of the bits of a random number beside theirs.
+PLACES, REST_BITS = 79, 6
 
 
 def matrix_shape(tensor: Tensor) -> tuple[int, int]:
@@ -68,19 +84,47 @@ def decode(codes: Tensor, scale: Tensor) -> Tensor:
     return (levels * levels.abs()).mul_(scale * (1 / LEVELS))
 
 
-def encode_(average: Tensor, codes: Tensor, scale: Tensor) -> None:
-    """Store float32 averages of blocks, the last dimension a block's, as codes and scales."""
+def encode_(average: Tensor, codes: Tensor, scale: Tensor, noise: Tensor | None) -> None:
+    """Store float32 averages of blocks, the last dimension a block's, as codes and scales.
+
+    Args:
+        average: the averages.
+        codes: int8, of the same shape.
+        scale: one for each block.
+        noise: 12 random bits for each block, the lowest of an int32 (Note [Codes by chance]); None to take the nearer
+            level, for what is encoded once and not step by step.
+    """
     magnitude = average.abs()
     largest = magnitude.amax(-1, keepdim=True)
     largest = torch.where(largest < math.inf, largest, math.inf)  # NaN is not
     is_usable = (largest > LEAST_SCALE) & (largest < math.inf)
     # Tensor by tensor: a number by a tensor would be computed as a product with the reciprocal, and round twice.
-    factor = torch.where(is_usable, torch.full_like(largest, LEVELS) / largest, 0.0)
-    squares = magnitude.mul_(factor)
-    squares = torch.where(squares < 2 * LEVELS, squares, 0.0)  # NaN is not
-    # Square roots round differently on different paths. So the level is at first the right one or the one below it, and
-    # then compared exactly, for squares of half levels have few digits.
-    levels = squares.sqrt().add_(0.499).trunc_()
-    levels.add_(squares >= (levels + 0.5).square_())
+    most = torch.full_like(largest, LEVELS)
+    squares = magnitude.mul_(torch.where(is_usable, most / largest, 0.0))
+    squares = torch.where(squares < LEVELS, squares, torch.where(is_usable, most, 0.0))  # NaN is not
+    # The level below, or the one below that where an average is so close to a level that no chance would raise it.
+    # What follows is exact: both sides have few digits.
+    levels = squares.sqrt().sub_(1 / ROOT_PARTS).trunc_()
+    above = squares.sub_(levels.square())
+    part = (levels * (2 / CHANCE_PARTS)).add_(1 / CHANCE_PARTS)
+    levels.add_(above > part.mul_(CHANCE_PARTS // 2 if noise is None else _chances(noise, average.shape[-1])))
     codes.copy_(levels.copysign_(average))
     scale.copy_(largest)
+
+
+def _chances(noise: Tensor, width: int) -> Tensor:
+    """Random odd numbers below CHANCE_PARTS for the elements of blocks, from those of the blocks."""
+    # Inductor would make the range in its innermost loop, number by number.
+    is_traced = torch.compiler.is_compiling() and noise.is_cpu
+    places = PLACE_BITS if is_traced else _place_bits(noise.device)
+    drawn = noise.bitwise_and(CHANCE_PARTS // 2 - 1).mul_(2)
+    return (drawn ^ places[:width]).float()
+
+
+def _place_bits(device: torch.device) -> Tensor:
+    """For each place of a block the bits by which its random number differs from its block's, and the 1 of odd ones."""
+    places = torch.arange(BLOCK, dtype=torch.int32, device=device).mul_(PLACES).bitwise_and_(BLOCK - 1)
+    return places.mul_(2**REST_BITS).bitwise_or_(1)
+
+
+PLACE_BITS = _place_bits(torch.device("cpu"))

@@ -3,7 +3,7 @@
 Of the two neighbours of a float32 value the farther one is taken the more often the closer it comes to it, so that the
 mean is right: adding 16 random bits to the 16 that bfloat16 lacks, and cutting them off, does that. The random bits are
 a hash of the seed, the parameter's place, its step and the element's index. So they need no state, every path and every
-resumed run finds the same, and blocks may be computed in any order.
+resumed run finds the same, and blocks may be computed in any order. 8-bit codes are rounded by such bits too.
 
 Reference: Revisiting BFloat16 Training (Zamirai et al.), https://arxiv.org/abs/2010.06192. The hash ends in that of
 MurmurHash3.
@@ -53,33 +53,34 @@ def noise_seeds(
     Args:
         seed: of the run.
         positions: for each parameter its place among all of the run.
-        steps: what :func:`counts` made.
+        steps: what :func:`counts` made. Their bits are hashed, as integers they would have to end at 2^31.
         kind: tells the tensors of one parameter apart, up to 3.
         offsets: for each parameter the index of its first element, where this rank holds a part of it; none: 0.
     """
     places = _table([4 * position + kind for position in positions], steps.device)
     noise_seed = _mixed((places * SPREAD).add_(_wrapped(seed)))
-    noise_seed = _mixed(noise_seed.add_(steps.to(torch.int32).mul_(SPREAD)))
+    noise_seed = _mixed(noise_seed.add_(steps.float().view(torch.int32) * SPREAD))
     if not any(offsets):
         return noise_seed
     return noise_seed + _table([_wrapped(offset * SPREAD) for offset in offsets], noise_seed.device)
 
 
 def _table(values: Sequence[int], device: torch.device) -> Tensor:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or device.type == "cpu":
         return torch.tensor(values, dtype=torch.int32, device=device)
     return device_tables.integers(values, device).to(torch.int32)
 
 
-def noise_of(piece: Piece, unit: Unit, noise_seed: Tensor) -> Tensor:
-    """Random integers in [0, 2^16), one for each element of a piece.
+def noise_of(piece: Piece, unit: Unit, noise_seed: Tensor, *, of_blocks: bool = False) -> Tensor:
+    """Random int32, one for each element of a piece.
 
     Args:
         piece: of the unit.
         unit: holds the positions of its parameters in ``noise_seed``.
         noise_seed: what :func:`noise_seeds` made.
+        of_blocks: only for the first of the last dimension, which is a block's.
     """
-    like = piece.tensors.param
+    like = piece.tensors.param[..., :1] if of_blocks else piece.tensors.param
     index: Tensor | int = _wrapped(piece.offset)
     for dim, (size, stride) in enumerate(zip(like.shape, piece.strides, strict=True)):
         along = torch.arange(size, dtype=torch.int32, device=like.device).mul_(_wrapped(stride))
@@ -97,9 +98,11 @@ def noise_of(piece: Piece, unit: Unit, noise_seed: Tensor) -> Tensor:
     return _noise(index, chosen)
 
 
-def noise_of_run(tensor: Tensor, noise_seed: Tensor) -> Tensor:
+def noise_of_run(tensor: Tensor, noise_seed: Tensor, *, of_blocks: bool = False) -> Tensor:
     """The same for a tensor whose elements follow one another, from the index on that the noise_seed starts at."""
-    return _noise(torch.arange(tensor.numel(), dtype=torch.int32, device=tensor.device).view(tensor.shape), noise_seed)
+    step = tensor.shape[-1] if of_blocks else 1
+    index = torch.arange(tensor.numel() // step, dtype=torch.int32, device=tensor.device) * step
+    return _noise(index.view(-1, 1) if of_blocks else index.view(tensor.shape), noise_seed)
 
 
 def seed_from(offset: int, noise_seed: Tensor) -> Tensor:
@@ -108,12 +111,18 @@ def seed_from(offset: int, noise_seed: Tensor) -> Tensor:
 
 
 def _noise(index: Tensor, noise_seed: Tensor) -> Tensor:
-    """Random integers in [0, 2^16) for 32-bit indices of elements."""
-    return (_mixed(index * SPREAD + noise_seed) >> 16).bitwise_and_(0xFFFF)
+    """Random int32 for 32-bit indices of elements."""
+    return _mixed(index * SPREAD + noise_seed)
 
 
 def round_into(weight: Tensor, param: Tensor, noise: Tensor) -> None:
-    """Round float32 values into a bfloat16 tensor: up or down, by chance, right in the mean."""
-    bits = (weight.view(torch.int32) + noise).bitwise_and_(~0xFFFF)
+    """Round float32 values into a bfloat16 tensor: up or down, by chance, right in the mean.
+
+    Args:
+        weight: the values.
+        param: the tensor.
+        noise: 16 random bits for each, the highest of an int32.
+    """
+    bits = (weight.view(torch.int32) + (noise >> 16).bitwise_and_(0xFFFF)).bitwise_and_(~0xFFFF)
     # The sum carries some NaN over into numbers; NaN differs from itself.
     param.copy_(torch.where(weight == weight, bits.view(torch.float32), weight))  # noqa: PLR0124

@@ -8,6 +8,13 @@ list of tensors. Every optimizer of torch.optim is built from them, and they hav
 - ``_get_capturable_supported_devices``, ``_get_fused_kernels_supported_devices``: the device lists that torch's AdamW
   asserts in the middle of its update; here they are asked before anything has changed.
 - ``DistributedDataParallel._join_config``: whether ranks may end before others, in the context of its ``join``.
+- ``FakeTensor``: tensors without data, of a dry run. torch has no public name for them.
+- ``torch._C._get_dispatch_mode``, ``_len_torch_dispatch_stack``, ``_len_torch_function_stack``: whether a dry run, or
+  any other mode, is active. The public ways to ask cost several microseconds, in every step.
+- ``torch._C._is_any_autocast_enabled``, ``_DisableAutocast``: autocast of all devices at once; publicly it is asked for
+  one after the other.
+- ``torch._dynamo.exc``: what torch.compile raises before what it has compiled runs, told from errors of the run itself,
+  after which some of it is done.
 - ``torch.distributed.tensor._utils.compute_local_shape_and_global_offset``: where in a whole tensor a shard begins.
   Only torch knows how each placement cuts, strided ones of FSDP2 beside tensor parallelism among them.
 """
@@ -19,19 +26,43 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import _default_to_fused_or_foreach, _get_capturable_supported_devices
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 __all__ = [
+    "FakeTensor",
     "capturable_devices",
+    "errors_of_compiling",
     "fused_devices",
+    "has_dispatch_modes",
+    "has_function_modes",
+    "is_any_autocast_enabled",
+    "is_dry_run",
     "is_foreach_faster",
     "is_joining",
     "local_shape_and_offsets",
+    "without_autocast",
 ]
 
 capturable_devices = _get_capturable_supported_devices
 fused_devices = _get_fused_kernels_supported_devices
+has_function_modes = torch._C._len_torch_function_stack
+has_dispatch_modes = torch._C._len_torch_dispatch_stack
+is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+without_autocast = torch._C._DisableAutocast
+
+
+def errors_of_compiling() -> tuple[type[Exception], ...]:
+    """What torch.compile raises before anything has run."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # noqa: PLC0415 - as slow to import
+
+    return TorchDynamoException, FailOnRecompileLimitHit
+
+
+def is_dry_run() -> bool:
+    """Whether a ``FakeTensorMode`` is active."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def is_foreach_faster(tensors: Sequence[Tensor], *, differentiable: bool) -> bool:

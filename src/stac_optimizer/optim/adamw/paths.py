@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stac_optimizer.optim.adamw.shard_ends import ends_elsewhere, fused_on_shard
 from stac_optimizer.optim.adamw.update import AdamWUpdate, call_adamw
+from stac_optimizer.rule.state import count_step_
 from stac_optimizer.tensors import cutting, rounding
 from stac_optimizer.tensors.layouts import has_layout_of, in_layout_of, is_dense
 from stac_optimizer.tensors.pieces import Piece, Unit, is_recorded
@@ -88,7 +89,9 @@ def _blocks(work: AdamWUpdate, *, cut: bool = True) -> Iterator[tuple[AdamWUpdat
 def rounding_adamw(work: AdamWUpdate, positions: Sequence[int], offsets: Sequence[int]) -> None:
     """In float32, block by block; what is stored is rounded stochastically, each kind of tensor by bits of its own."""
     seed, fused = work.group["rounding_seed"], work.group["fused"] or None
-    counts = rounding.counts(work.steps) + 1
+    following = [step.clone() for step in work.steps]
+    count_step_(following, never_stops=True)
+    counts = rounding.counts(following)
     kinds = range(len(work.averages) + 1)
     seeds = [rounding.noise_seeds(seed, positions, counts, kind=kind, offsets=offsets) for kind in kinds]
     for index in range(len(positions)):
@@ -112,3 +115,4 @@ def rounding_adamw(work: AdamWUpdate, positions: Sequence[int], offsets: Sequenc
                     rounding.round_into(result, tensor, noise)
                 else:  # of a checkpoint, which keeps its dtype
                     tensor.copy_(result)
+        one.steps[0].copy_(following[index])

@@ -58,7 +58,7 @@ class SignUpdate(NamedTuple):
         lists: their local, real parts, and those of their gradients and averages.
         group: their group.
         grad_scale: what a GradScaler left the gradients multiplied by.
-        noise_seeds: for stochastic rounding, a number for each parameter.
+        noise_seeds: for each parameter a number, where weights or averages are rounded by chance.
         found_inf: not 0 where a GradScaler found NaN or infinity; given to kernels that can skip the step themselves.
     """
 
@@ -86,7 +86,7 @@ class SignUpdate(NamedTuple):
         if isinstance(lr, Tensor):
             # What lies on the host is read there: to bring it to the device would wait for that.
             is_readable = lr.is_cpu and device.type != "cpu" and not (lr.requires_grad or torch.compiler.is_compiling())
-            lr = lr.item() if is_readable else lr.reshape(()).to(device)
+            lr = lr.item() if is_readable else lr.reshape(()).to(device, torch.promote_types(lr.dtype, torch.float32))
         decay_factor = 1 - lr * self.group["weight_decay"] if self.group["weight_decay"] else None
         scale = None if self.grad_scale is None else self.grad_scale.to(device)
         return Coefficients(lr, decay_factor, 1 - self.group["momentum"], scale)
@@ -150,6 +150,7 @@ def update(
     maximize: bool,
     mean: Tensor | None,
     noise: Tensor | None,
+    rounds: bool,
     scratch: Scratch | None = None,
 ) -> None:
     """Update one piece.
@@ -159,11 +160,14 @@ def update(
         coefficients: what to multiply by.
         maximize: whether to ascend.
         mean: of the mask; None for a step without one.
-        noise: 16 random bits for each weight, to round by; None to round to nearest.
+        noise: a random int32 for each weight, or for each block of codes where weights are rounded to the nearest;
+            None where averages are, too.
+        rounds: whether weights are rounded by chance.
         scratch: for temporaries; None to allocate.
     """
     param = tensors.param
-    grad, average = accumulate(tensors, coefficients, maximize=maximize, scratch=scratch)
+    grad, average = accumulate(tensors, coefficients, maximize=maximize, noise=noise, scratch=scratch)
+    noise = noise if rounds else None
     if mean is None and torch.compiler.is_compiling() and isinstance(coefficients.lr, Tensor):
         # In one loop comparisons are cheap. The same bits as below: the product of lr with 1, 0 and -1 is exact.
         signed = torch.where(average > 0, coefficients.lr, torch.where(average < 0, -coefficients.lr, 0.0))
@@ -178,9 +182,9 @@ def update(
 
 
 def accumulate(
-    tensors: Tensors, coefficients: Coefficients, *, maximize: bool, scratch: Scratch | None
+    tensors: Tensors, coefficients: Coefficients, *, maximize: bool, noise: Tensor | None, scratch: Scratch | None
 ) -> tuple[Tensor, Tensor]:
-    """Take a gradient into the average.
+    """Take a gradient into the average; arguments as for :func:`update`.
 
     Returns:
         The gradient to descend along, and the average before it is rounded to be stored.
@@ -189,7 +193,7 @@ def accumulate(
     average, change = _average(grad, tensors, coefficients, scratch)
     if change is not None:
         average.add_(change)
-        _store(average, tensors)
+        _store(average, tensors, noise)
     return grad, average
 
 
@@ -210,7 +214,7 @@ def move(
         lr: what it is multiplied by.
         decay_factor: what weights are multiplied by first, or None.
         is_unit: whether the product of lr and direction is exact, as with 1, 0 and -1.
-        noise: 16 random bits for each weight, to round by; None to round to nearest.
+        noise: a random int32 for each weight, to round by; None to round to nearest.
     """
     weight = upcast(param)
     if decay_factor is not None:
@@ -225,9 +229,12 @@ def move(
         rounding.round_into(weight, param, noise)
 
 
-def _store(average: Tensor, tensors: Tensors) -> None:
+def _store(average: Tensor, tensors: Tensors, noise: Tensor | None) -> None:
+    """Round an average by chance where there is noise, by bits of it that weights leave over."""
     (held,) = tensors.state
     if tensors.scale is not None:
-        codes.encode_(average, held, tensors.scale)
+        codes.encode_(average, held, tensors.scale, None if noise is None else noise[..., :1])
+    elif noise is not None and held.dtype == torch.bfloat16:
+        rounding.round_into(average.float(), held, noise << 16)
     else:
         downcast(average, held)

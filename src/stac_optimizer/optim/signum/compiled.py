@@ -24,9 +24,11 @@ from stac_optimizer.optim.signum.single import (
     update_piece,
 )
 from stac_optimizer.tensors import codes, cutting, rounding
+from stac_optimizer.tensors.kinds import has_data
 from stac_optimizer.tensors.pieces import Piece, Tensors, Unit
 from stac_optimizer.tensors.precision import arithmetic_dtype
 from stac_optimizer.tensors.scratch import Scratch
+from stac_optimizer.tensors.torch_private import errors_of_compiling
 from stac_optimizer.validation import warn
 
 __all__ = ["step_compiled"]
@@ -51,7 +53,7 @@ class Variant(NamedTuple):
         is_scaled: whether gradients come with a scale.
         maximize: whether to ascend.
         masked: whether the step has a mask.
-        rounds: whether weights are rounded stochastically.
+        rounds: whether weights are rounded by chance.
         threads: how many share a loop; inductor writes their number into it.
     """
 
@@ -98,7 +100,7 @@ def _variant(work: SignUpdate) -> Variant:
         is_scaled=work.grad_scale is not None,
         maximize=work.group["maximize"],
         masked=work.group["cautious"],
-        rounds=work.noise_seeds is not None,
+        rounds=work.group["stochastic_rounding"],
         threads=torch.get_num_threads(),
     )
 
@@ -109,7 +111,7 @@ class Run(NamedTuple):
     Args:
         tensors: in rows of ``ROW`` elements; of codes with one scale for each row.
         mean: of the mask, or None.
-        noise_seed: for stochastic rounding, or None.
+        noise_seed: for rounding by chance, or None.
     """
 
     tensors: Tensors
@@ -135,6 +137,7 @@ class LoopKernels(NamedTuple):
 def _kernels_of(variant: Variant) -> LoopKernels | None:
     """The kernels of a variant, or None and one warning where they cannot be compiled."""
     maximize = variant.maximize
+    noise_of = functools.partial(rounding.noise_of_run, of_blocks=not variant.rounds)
 
     # Where dynamo is disabled these run as they stand, on whole tensors: better not at all.
     def count(tensors: Tensors, coefficients: Coefficients) -> Tensor | None:
@@ -148,8 +151,8 @@ def _kernels_of(variant: Variant) -> LoopKernels | None:
         for tensors, mean, noise_seed in runs:
             if not _is_in_rows(tensors):
                 return False
-            noise = None if noise_seed is None else rounding.noise_of_run(tensors.param, noise_seed)
-            update(tensors, coefficients, maximize=maximize, mean=mean, noise=noise)
+            noise = None if noise_seed is None else noise_of(tensors.param, noise_seed)
+            update(tensors, coefficients, maximize=maximize, mean=mean, noise=noise, rounds=variant.rounds)
         return True
 
     coefficients = _probe_numbers(variant)
@@ -199,7 +202,8 @@ def _probe(variant: Variant, rows: int) -> Run:
     mean = torch.ones((), dtype=arithmetic_dtype(variant.dtypes[0]), device=CPU)
     noise_seed = torch.zeros((), dtype=torch.int32, device=CPU)
     tensors = Tensors(param, grad, tuple(state), scale)
-    return Run(tensors, mean if variant.masked else None, noise_seed if variant.rounds else None)
+    has_noise = variant.rounds or variant.is_coded
+    return Run(tensors, mean if variant.masked else None, noise_seed if has_noise else None)
 
 
 def _probe_numbers(variant: Variant) -> Coefficients:
@@ -248,6 +252,7 @@ class _Bound:
         maximize: bool,
         mean: Tensor | None,
         noise_seeds: Tensor | None,
+        rounds: bool,
     ) -> None:
         """As :func:`.single.update_piece`."""
         eager = functools.partial(
@@ -257,6 +262,7 @@ class _Bound:
             maximize=maximize,
             mean=mean,
             noise_seeds=noise_seeds,
+            rounds=rounds,
             scratch=self.scratch,
         )
         has_own = bool(unit.sizes) and not (mean is None and noise_seeds is None)  # each parameter of a pack
@@ -286,7 +292,7 @@ def _result(kernel: Callable[..., Any], *arguments: Any) -> Any:
     """What a kernel returns; None where it cannot run, as when dynamo finds that it has compiled it too often."""
     try:
         return kernel(*arguments)
-    except Exception as error:  # before anything has changed, for what compiles does not run yet
+    except errors_of_compiling() as error:
         _warn_of(error)
         return None
 
@@ -298,7 +304,7 @@ def _cut(piece: Piece) -> tuple[Piece | None, Piece | None]:
     """
     first, scale = piece.tensors.param, piece.tensors.scale
     held = piece.tensors.flat() if scale is None else (*piece.tensors.flat(), scale)
-    is_run = all(map(Tensor.is_contiguous, held)) and piece.strides == first.stride()
+    is_run = all(map(Tensor.is_contiguous, held)) and piece.strides == first.stride() and all(map(has_data, held))
     numel = first.numel()
     if not is_run or (scale is not None and first.shape[-1] != ROW) or numel < LEAST_ROWS * ROW:
         return None, piece

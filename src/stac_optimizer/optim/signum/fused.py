@@ -15,6 +15,7 @@ from stac_optimizer.optim.signum.compiled import step_compiled
 from stac_optimizer.optim.signum.single import single_tensor
 from stac_optimizer.rule import Group
 from stac_optimizer.tensors.codes import has_whole_blocks
+from stac_optimizer.tensors.kinds import can_walk, has_data
 from stac_optimizer.tensors.layouts import has_layout_of, in_layout_of, indices_by_device_and_dtype, is_dense
 from stac_optimizer.tensors.pieces import Tensors
 
@@ -27,7 +28,9 @@ WIDEST = torch.float64
 
 def has_fused(params: Sequence[Tensor]) -> bool:
     """Whether there are such kernels for the devices of all of these; torch.compile fuses by itself."""
-    return not torch.compiler.is_compiling() and all(param.is_cpu or has_triton(param.device) for param in params)
+    if torch.compiler.is_compiling() or not can_walk(params):
+        return False
+    return all(param.is_cpu or has_triton(param.device) for param in params)
 
 
 @functools.cache
@@ -82,6 +85,7 @@ def by_triton(work: SignUpdate) -> None:
         grad_scale=coefficients.grad_scale,
         found_inf=None if work.found_inf is None else work.found_inf.to(device),
         noise_seeds=None if work.noise_seeds is None else work.noise_seeds.to(device),
+        rounds=work.group["stochastic_rounding"],
     )
 
 
@@ -93,7 +97,7 @@ def fits_triton(tensors: Tensors, param: Tensor, group: Group) -> bool:
         param: the parameter itself; means over shards are not for one launch.
         group: its group.
     """
-    if group["cautious"] and is_sharded(param):
+    if (group["cautious"] and is_sharded(param)) or not all(map(has_data, tensors.written())):
         return False
     if tensors.scale is not None:
         return has_whole_blocks([*tensors.written(), tensors.scale])

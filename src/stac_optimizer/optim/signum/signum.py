@@ -25,7 +25,7 @@ from stac_optimizer.optim.signum.single import single_tensor
 from stac_optimizer.optim.signum.vote import average_state, by_vote
 from stac_optimizer.optimizer import RuleOptimizer
 from stac_optimizer.rule import COUNTER, Flags, Group, Hyperparameter, Rule, StateTensor, StepInputs
-from stac_optimizer.rule.common import warning_of_lost_steps
+from stac_optimizer.rule.common import warning_of_lost_steps, warning_of_stuck_averages
 from stac_optimizer.rule.state import count_step_
 from stac_optimizer.tensors import codes, rounding
 from stac_optimizer.tensors.pieces import Lists
@@ -73,8 +73,10 @@ class SignumRule(Rule):
     mask :math:`[m \cdot g > 0]` with ``cautious``: sign(m) becomes sign(m) · mask / max(mean(mask), 1e-3)
     ============================ =========================================================
 
-    State: ``step`` (0-dim float32, read by stochastic rounding alone) and ``exp_avg``; where that is in 8-bit codes
-    also ``exp_avg_scale``, see ``tensors/codes.py``. The sign is that of m before it is rounded to be stored.
+    State: ``step`` (0-dim float32, read by what rounds by chance alone) and ``exp_avg``; where that is in 8-bit codes
+    also ``exp_avg_scale``, see ``tensors/codes.py``. The sign is that of m before it is rounded to be stored. Codes are
+    rounded by chance, with ``stochastic_rounding`` bfloat16 averages too: else they would keep their sign where m
+    changes by less than their spacing.
 
     With ``vote``, which :class:`stac_optimizer.MajorityVote` sets, each rank keeps an m of its own gradients, and
     sign(m) becomes the sign of the sum of all ranks' sign(m).
@@ -123,7 +125,15 @@ class SignumRule(Rule):
         return super().parameter_problem(param, group)
 
     def warning(self, names: Sequence[str], params: Sequence[Tensor], group: Group) -> str | None:
-        return warning_of_lost_steps(names, params, group)
+        held = [self._held(param, group) for param in params] if group["momentum"] else []
+        kinds = ["8-bit codes" if dtype == torch.int8 else str(dtype) for dtype in held]
+        changes = [_least_change(dtype, group) for dtype in held]
+        stuck = warning_of_stuck_averages(names, kinds, changes, "momentum", group["momentum"])
+        return "; ".join(filter(None, (warning_of_lost_steps(names, params, group), stuck))) or None
+
+    def _held(self, param: Tensor, group: Group) -> torch.dtype:
+        """What averages of a parameter are held in."""
+        return self.state(param, group)[1].dtype_of(param)
 
     def path(self, params: Sequence[Tensor], group: Group) -> str:
         path = super().path(params, group)
@@ -139,12 +149,9 @@ class SignumRule(Rule):
     def step(self, inputs: StepInputs) -> None:
         """Count, then run the path that the flags ask for."""
         steps = inputs.states[COUNTER.key]
-        count_step_(steps, inputs.found_inf)
-        seeds = None
-        if inputs.group["stochastic_rounding"]:
-            offsets = list(map(run_offset, inputs.params))
-            counts = rounding.counts(steps)
-            seeds = rounding.noise_seeds(inputs.group["rounding_seed"], inputs.positions, counts, offsets=offsets)
+        has_noise = inputs.group["stochastic_rounding"] or "exp_avg_scale" in inputs.states
+        count_step_(steps, inputs.found_inf, never_stops=has_noise)
+        seeds = _noise_seeds(inputs) if has_noise else None
         for work in _by_state_kind(inputs, seeds):
             if inputs.voters is not None:
                 by_vote(work, inputs.voters)
@@ -166,6 +173,27 @@ def _averages(dtype: torch.dtype | None, scales: tuple[int, int] | None) -> tupl
     if scales is None:
         return COUNTER, average
     return COUNTER, average, StateTensor(key="exp_avg_scale", shape=scales, dtype=torch.float32)
+
+
+def _least_change(dtype: torch.dtype, group: Group) -> float:
+    """The least share of itself by which an average held in a dtype can change."""
+    if dtype == torch.int8:
+        return 1 / codes.CHANCE_PARTS
+    if dtype == torch.bfloat16 and group["stochastic_rounding"]:
+        return 0.0
+    return torch.finfo(dtype).eps / 2
+
+
+def _noise_seeds(inputs: StepInputs) -> Tensor:
+    """A number for each parameter.
+
+    Codes alone get the same ones in all parameters: they are then the same wherever parameters are dealt out over
+    ranks, each of which counts its own.
+    """
+    positions = inputs.positions if inputs.group["stochastic_rounding"] else [0] * len(inputs.params)
+    offsets = list(map(run_offset, inputs.params))
+    counts = rounding.counts(inputs.states[COUNTER.key])
+    return rounding.noise_seeds(inputs.group["rounding_seed"], positions, counts, offsets=offsets)
 
 
 KERNELS: Mapping[str, Callable[[SignUpdate], None]] = {
@@ -192,7 +220,8 @@ def _by_state_kind(inputs: StepInputs, seeds: Tensor | None) -> list[SignUpdate]
         return [work]
     are_coded = [average.dtype == torch.int8 for average in lists.states[0]]
     coded, plain = ([i for i, flag in enumerate(are_coded) if flag is kind] for kind in (True, False))
-    rest = work.using(work.params, Lists(lists.params, lists.grads, lists.states), seeds)
+    plain_seeds = seeds if inputs.group["stochastic_rounding"] else None
+    rest = work.using(work.params, Lists(lists.params, lists.grads, lists.states), plain_seeds)
     return [part.only(chosen) for part, chosen in ((work, coded), (rest, plain)) if chosen]
 
 
@@ -212,7 +241,9 @@ class Signum(RuleOptimizer):
         cautious: move a weight only where sign(m) agrees with the sign of the present gradient, and divide the step by
             the share of such weights in the tensor, floored at 1e-3.
         state_dtype: what averages are held in. None: the weight's dtype; ``torch.bfloat16``; ``torch.int8``: codes of
-            8 bits with a scale for each 128 weights of a row. Or its name, ``"bfloat16"`` or ``"int8"``.
+            8 bits with a scale for each 128 weights of a row, rounded by chance (``rounding_seed``), which above a
+            momentum of 0.99 is a noise that may turn the sign of averages below a hundredth of their block's largest.
+            Or its name, ``"bfloat16"`` or ``"int8"``.
         vote: a :class:`stac_optimizer.MajorityVote`: ranks vote on steps instead of averaging gradients. Excludes
             ``cautious``, ``capturable`` and ``differentiable``.
         **flags: see :class:`stac_optimizer.rule.Flags`. ``fused=True``: one pass over memory, on the CPU by a kernel

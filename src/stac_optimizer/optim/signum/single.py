@@ -43,11 +43,12 @@ def update_piece(
     maximize: bool,
     mean: Tensor | None,
     noise_seeds: Tensor | None,
+    rounds: bool,
     scratch: Scratch | None = None,
 ) -> None:
-    """Update a piece of a unit, with stochastic rounding where there are noise seeds."""
-    noise = None if noise_seeds is None else rounding.noise_of(piece, unit, noise_seeds)
-    update(piece.tensors, coefficients, maximize=maximize, mean=mean, noise=noise, scratch=scratch)
+    """Update a piece of a unit, rounding by chance where there are noise seeds."""
+    noise = None if noise_seeds is None else rounding.noise_of(piece, unit, noise_seeds, of_blocks=not rounds)
+    update(piece.tensors, coefficients, maximize=maximize, mean=mean, noise=noise, rounds=rounds, scratch=scratch)
 
 
 class Kernels(NamedTuple):
@@ -74,12 +75,14 @@ def can_pack(work: SignUpdate) -> bool:
 
 def step_unit(work: SignUpdate, unit: Unit, kernels: Kernels) -> None:
     """Update a unit of work."""
-    maximize = work.group["maximize"]
+    maximize, rounds = work.group["maximize"], work.group["stochastic_rounding"]
     coefficients = work.coefficients(work.lists.params[unit.members[0]].device)
     # Before the first weight, so averages are computed here and again in the update: that costs less than keeping them.
     mean = _mean_of_unit(work, unit, coefficients, kernels) if work.group["cautious"] else None
     for piece in unit.pieces:
-        kernels.update_piece(piece, unit, coefficients, maximize=maximize, mean=mean, noise_seeds=work.noise_seeds)
+        kernels.update_piece(
+            piece, unit, coefficients, maximize=maximize, mean=mean, noise_seeds=work.noise_seeds, rounds=rounds
+        )
     copy_back(unit.copies)
 
 

@@ -47,6 +47,7 @@ def fused_signum(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     noise_seeds: Tensor | None,
+    rounds: bool,
 ) -> None:
     """Update tensors of one device, each list of one dtype, in place; nothing waits for the device.
 
@@ -62,7 +63,8 @@ def fused_signum(
         maximize: whether to ascend.
         grad_scale: what the gradients were multiplied by, in one element.
         found_inf: one element; unless it is 0, nothing changes.
-        noise_seeds: int32, one for each tensor: bfloat16 weights are rounded stochastically.
+        noise_seeds: int32, one for each tensor, where weights or averages are rounded by chance.
+        rounds: whether weights are, and bfloat16 averages.
     """
     with torch.cuda.device_of(params[0]):  # Triton launches on the current device
         chunks = [triton.cdiv(tensor.numel(), CHUNK.value) for tensor in params]
@@ -89,5 +91,5 @@ def fused_signum(
             factors = (counts.to(dtype) / numels).clamp_(min=cautious_floor).reciprocal_()
         update_kernel[(sum(chunks),)](
             *work, weight_row, *rows, noise_seeds, factors, coefficients, grad_scale, found_inf,
-            weight_dtype=DTYPES[params[0].dtype], decays=decay_factor is not None, **arguments,
+            weight_dtype=DTYPES[params[0].dtype], decays=decay_factor is not None, rounds=rounds, **arguments,
         )  # fmt: skip

@@ -26,6 +26,10 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 # 127 squared: int8 codes hold square roots, so c * |c| / LEVELS goes from -1 to 1.
 LEVELS = tl.constexpr(127.0 * 127.0)
 LEAST_SCALE = tl.constexpr(1e-30)
+ROOT_PARTS = tl.constexpr(2**15)
+CHANCE_PARTS = tl.constexpr(2**13)
+PLACES = tl.constexpr(79)
+REST_BITS = tl.constexpr(6)
 INFINITY = tl.constexpr(float("inf"))
 # No NaN among these: Triton asks before each launch whether a constant still equals itself.
 
@@ -95,15 +99,20 @@ def _round(values, dtype: tl.constexpr):
 
 
 @triton.jit
-def _round_stochastically(weights, positions, noise_seed):
-    """To bfloat16, up as often as the 16 bits that go say, by a hash of position and noise_seed."""
+def _noise(positions, noise_seed):
+    """A hash of positions and noise_seed."""
     h = positions.to(tl.uint32) * 0x9E3779B1 + noise_seed.to(tl.uint32, bitcast=True)
     h = (h ^ (h >> 16)) * 0x85EBCA6B
-    h = (h ^ (h >> 13)) * 0xC2B2AE35
-    bits = (weights.to(tl.uint32, bitcast=True) + (h >> 16)) & 0xFFFF0000
+    return (h ^ (h >> 13)) * 0xC2B2AE35
+
+
+@triton.jit
+def _round_by_chance(values, noise):
+    """To bfloat16, up as often as the 16 bits that go say, by the highest 16 of noise."""
+    bits = (values.to(tl.uint32, bitcast=True) + (noise >> 16)) & 0xFFFF0000
     rounded = bits.to(tl.float32, bitcast=True)
     # The sum carries some NaN over into numbers; NaN differs from itself.
-    return tl.where(weights == weights, rounded, weights).to(tl.bfloat16)  # noqa: PLR0124
+    return tl.where(values == values, rounded, values).to(tl.bfloat16)  # noqa: PLR0124
 
 
 @triton.jit
@@ -118,13 +127,16 @@ def _decode(averages, scales, start, count, arithmetic: tl.constexpr, is_whole: 
 
 
 @triton.jit
-def _encode(average, averages, scales, start, count, is_whole: tl.constexpr):
+def _encode(average, averages, scales, noise_seed, start, count, rounds: tl.constexpr, is_whole: tl.constexpr):
     """Store a block of averages. As codes: a row with NaN or infinity in it gets an infinite scale, so decodes to NaN.
 
-    A maximum may lose a NaN, hence the infinity in its place.
+    A maximum may lose a NaN, hence the infinity in its place. See Note [Codes by chance] in codes.py.
     """
     if scales is None:
-        stored = _round(average, averages.dtype.element_ty)
+        if rounds and averages.dtype.element_ty == tl.bfloat16:
+            stored = _round_by_chance(average.to(tl.float32), _noise(start + _offsets(), noise_seed) << 16)
+        else:
+            stored = _round(average, averages.dtype.element_ty)
     else:
         values = average.to(tl.float32)
         magnitudes = tl.where(tl.abs(values) < INFINITY, tl.abs(values), INFINITY)
@@ -133,9 +145,14 @@ def _encode(average, averages, scales, start, count, is_whole: tl.constexpr):
         is_usable = (scale > LEAST_SCALE) & (scale < INFINITY)
         inverse = tl.where(is_usable, tl.div_rn(LEVELS, tl.where(is_usable, scale, 1.0)), 0.0)
         squares = tl.where(magnitudes < INFINITY, magnitudes * inverse[:, None], 0.0)
-        # The right level or the one below it, then compared exactly, see codes.py.
-        levels = (tl.sqrt(squares) + 0.499).to(tl.int32).to(tl.float32)
-        levels += tl.where(squares >= (levels + 0.5) * (levels + 0.5), 1.0, 0.0)
+        squares = tl.minimum(squares, LEVELS)
+        levels = (tl.sqrt(squares) - 1 / ROOT_PARTS).to(tl.int32).to(tl.float32)
+        drawn = (_noise(start + _rows() * ROW, noise_seed) & (CHANCE_PARTS // 2 - 1)) * 2
+        places = ((tl.arange(0, ROW) * PLACES & (ROW - 1)) << REST_BITS) | 1
+        chances = (drawn.to(tl.int32)[:, None] ^ places[None, :]).to(tl.float32)
+        above = squares - levels * levels
+        part = levels * (2 / CHANCE_PARTS) + 1 / CHANCE_PARTS
+        levels += tl.where(above > part * chances, 1.0, 0.0)
         stored = tl.where(values < 0, -levels, levels).to(tl.int8)
     _store(averages + start, _offsets(), stored, count, is_whole)
 
@@ -178,7 +195,8 @@ def _count_block(
 @triton.jit
 def _update_block(
     weights, grads, averages, scales, noise_seed, factor, lr, decay, change, grad_scale, start, count,
-    arithmetic: tl.constexpr, maximize: tl.constexpr, decays: tl.constexpr, is_whole: tl.constexpr,
+    arithmetic: tl.constexpr, maximize: tl.constexpr, decays: tl.constexpr, rounds: tl.constexpr,
+    is_whole: tl.constexpr,
 ):  # fmt: skip
     # First, so that its trip does not wait for a store that might have changed it.
     weight = _load(weights + start, _offsets(), count, is_whole).to(arithmetic)
@@ -186,7 +204,7 @@ def _update_block(
         grads, averages, scales, change, grad_scale, start, count, arithmetic, maximize, is_whole
     )
     if averages is not None:
-        _encode(average, averages, scales, start, count, is_whole)
+        _encode(average, averages, scales, noise_seed, start, count, rounds, is_whole)
     if decays:
         weight = weight * decay
     direction = (average > 0).to(arithmetic) - (average < 0).to(arithmetic)
@@ -194,10 +212,10 @@ def _update_block(
     if factor is not None:
         direction = direction * _passes(average, grad).to(arithmetic) * factor
     weight = weight - direction * lr
-    if noise_seed is None:
-        stored = _round(weight, weights.dtype.element_ty)
+    if rounds:
+        stored = _round_by_chance(weight, _noise(start + _offsets(), noise_seed))
     else:
-        stored = _round_stochastically(weight, start + _offsets(), noise_seed)
+        stored = _round(weight, weights.dtype.element_ty)
     _store(weights + start, _offsets(), stored, count, is_whole)
 
 
@@ -228,7 +246,8 @@ def count_kernel(
 def update_kernel(
     owners, firsts, numels, weight_row, grad_row, average_row, scale_row, noise_seeds, factors, coefficients,
     grad_scale, found_inf, weight_dtype: tl.constexpr, grad_dtype: tl.constexpr, average_dtype: tl.constexpr,
-    arithmetic: tl.constexpr, maximize: tl.constexpr, decays: tl.constexpr, is_aligned: tl.constexpr,
+    arithmetic: tl.constexpr, maximize: tl.constexpr, decays: tl.constexpr, rounds: tl.constexpr,
+    is_aligned: tl.constexpr,
 ):  # fmt: skip
     """Update one chunk. ``factors`` are the reciprocals of the masks' means, None where the step is not cautious."""
     index, begin, numel = _locate(owners, firsts, numels, found_inf)
@@ -245,10 +264,10 @@ def update_kernel(
         if count >= BLOCK:
             _update_block(
                 weights, grads, averages, scales, noise_seed, factor, lr, decay, change, scale, start, count,
-                arithmetic, maximize, decays, True,
+                arithmetic, maximize, decays, rounds, True,
             )  # fmt: skip
         else:
             _update_block(
                 weights, grads, averages, scales, noise_seed, factor, lr, decay, change, scale, start, count,
-                arithmetic, maximize, decays, False,
+                arithmetic, maximize, decays, rounds, False,
             )  # fmt: skip

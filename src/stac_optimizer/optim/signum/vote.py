@@ -19,7 +19,7 @@ from stac_optimizer.optim.signum.arithmetic import SignUpdate, accumulate, move
 from stac_optimizer.tensors import codes, rounding
 from stac_optimizer.tensors.cutting import filled, units
 from stac_optimizer.tensors.layouts import in_layout_of, is_dense
-from stac_optimizer.tensors.pieces import Lists, Unit, copy_back, is_recorded
+from stac_optimizer.tensors.pieces import Lists, Piece, Unit, copy_back, is_recorded
 from stac_optimizer.tensors.precision import arithmetic_dtype, downcast, upcast
 from stac_optimizer.tensors.scratch import Scratch
 
@@ -73,10 +73,19 @@ def _cast(work: SignUpdate, chosen: Sequence[int], voters: Voters) -> tuple[Ball
     for one, unit, starts in votes:
         coefficients = one.coefficients(one.lists.params[0].device)
         for piece, start in zip(unit.pieces, starts, strict=True):
-            _, average = accumulate(piece.tensors, coefficients, maximize=one.group["maximize"], scratch=scratch)
+            noise = _noise(one, piece, unit)
+            _, average = accumulate(
+                piece.tensors, coefficients, maximize=one.group["maximize"], noise=noise, scratch=scratch
+            )
             ballot.put(average.flatten(), start)
     ballot.cast()
     return ballot, votes
+
+
+def _noise(one: SignUpdate, piece: Piece, unit: Unit) -> Tensor | None:
+    """What a piece's weights and averages are rounded by."""
+    of_blocks = not one.group["stochastic_rounding"]
+    return None if one.noise_seeds is None else rounding.noise_of(piece, unit, one.noise_seeds, of_blocks=of_blocks)
 
 
 def _canonical(lists: Lists) -> Lists:
@@ -94,7 +103,7 @@ def _apply(ballot: Ballot, votes: Sequence[_Vote]) -> None:
             param = piece.tensors.param
             dtype = arithmetic_dtype(param.dtype)
             direction = ballot.direction(start, param.numel(), dtype).view(param.shape)
-            noise = None if one.noise_seeds is None else rounding.noise_of(piece, unit, one.noise_seeds)
+            noise = _noise(one, piece, unit) if one.group["stochastic_rounding"] else None
             move(
                 param, direction.to(param.device), coefficients.lr, coefficients.decay_factor, is_unit=True, noise=noise
             )
@@ -114,4 +123,4 @@ def average_state(exp_avg: Tensor, exp_avg_scale: Tensor | None, param: Tensor, 
         assert scale is not None
         mean = codes.decode(held, scale)
         voters.average_([mean])
-        codes.encode_(mean, held, scale)
+        codes.encode_(mean, held, scale, None)
