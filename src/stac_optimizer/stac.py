@@ -21,8 +21,10 @@ from stac_optimizer.model.selectors import Selector
 from stac_optimizer.optim import AdamW, Signum
 from stac_optimizer.optimizer import RuleOptimizer
 from stac_optimizer.roles.arguments import (
+    changed,
     checked_own,
     checked_shared,
+    naming_what_was_meant,
     refuse_unread,
     refuse_unread_shared,
     rule_arguments,
@@ -36,7 +38,7 @@ from stac_optimizer.roles.split import as_given, plans_of, warn_of_embeddings, w
 from stac_optimizer.roles.updater import OptimizerFunction, Updater
 from stac_optimizer.rule import Group
 from stac_optimizer.stepping.checks import check_finite
-from stac_optimizer.stepping.watch import IdleRoles, OneLr
+from stac_optimizer.stepping.watch import IdleRoles, OneLr, OtherSchedule
 from stac_optimizer.validation import mapping, warn
 
 __all__ = ["STAC"]
@@ -83,7 +85,8 @@ class STAC(RuleOptimizer):
         overrides: pairs of a selector and hyper-parameters for what it selects, later ones win:
             ``[(vectors(), {"weight_decay": 0.0}), (named("encoder.*"), {"lr_ratio": 0.3})]``. ``lr_ratio`` multiplies
             the role's lr, once, here. Each combination becomes a group of its role.
-        include_frozen: keep parameters that do not require gradients, so that they can be unfrozen later.
+        include_frozen: keep parameters that do not require gradients, so that they can be unfrozen later. Frozen layers
+            then count among the last ones, for unfreezing must move none to the other role.
         trunk_momentum: factor of the gradient average in [0, 1); 0: plain signSGD without trunk state. This and the
             other arguments of the sign trunk are refused beside a ``trunk_optimizer``, which takes them itself.
         trunk_cautious: move a trunk weight only where sign(m) agrees with the sign of the present gradient, and divide
@@ -109,13 +112,14 @@ class STAC(RuleOptimizer):
         differentiable: record the step for autograd.
         trunk_state_dtype: what the trunk's averages are held in. None: the weight's dtype; ``torch.bfloat16``;
             ``torch.int8``: codes of 8 bits, spaced by the square root, with a float32 scale for each 128 consecutive
-            weights of a row, about 1.03 bytes a weight. Complex weights keep their dtype; under int8 so do float64
-            ones, and those with rows shorter than 64 elements, such as biases and norms. Groups hold the dtype's name,
-            which may be given too: ``"bfloat16"``, ``"int8"``.
-        stochastic_rounding: round bfloat16 weights, and the cap's averages, up or down by chance so that the mean is
+            weights of a row, about 1.03 bytes a weight, rounded by chance so that the mean is right. Complex weights
+            keep their dtype; under int8 so do float64 ones, and those with rows shorter than 64 elements, such as
+            biases and norms. Groups hold the dtype's name, which may be given too: ``"bfloat16"``, ``"int8"``.
+        stochastic_rounding: round bfloat16 weights, and their averages, up or down by chance so that the mean is
             right: a step below half the spacing of values then moves the weight in expectation. All weights of the
             group must be bfloat16. The cap is computed in float32.
-        rounding_seed: of that chance, an integer, 0 or more. The same on every rank, or replicas drift apart.
+        rounding_seed: of that chance, and of 8-bit codes', an integer, 0 or more. The same on every rank, or replicas
+            drift apart.
         vote: a :class:`stac_optimizer.MajorityVote`: ranks vote on the trunk's steps instead of averaging its
             gradients. Excludes ``trunk_cautious``, ``capturable`` and ``differentiable``; ``foreach`` and ``fused``
             then say how the cap is updated.
@@ -172,7 +176,11 @@ class STAC(RuleOptimizer):
     _guests: Mapping[str, Guest] = {}
     _one_lr: OneLr | None = None
     _idle_roles: IdleRoles | None = None
+    _other_schedule: OtherSchedule | None = None
+    # The roles that backward has updated since the last step, while gradients are released.
+    _in_backward: frozenset[str] = frozenset()
 
+    @naming_what_was_meant
     def __init__(
         self,
         model: nn.Module | Iterable[tuple[str, Tensor]] | Iterable[Mapping[str, Any]],
@@ -254,8 +262,18 @@ class STAC(RuleOptimizer):
         roles = {plan.role for plan in plans}
         refuse_unread_shared(shared, {role: updaters[role] for role in ROLES if role in roles})
         given = {
-            "trunk": {"lr": trunk_lr, "weight_decay": trunk_weight_decay, "optimizer": trunk_optimizer},
-            "cap": {"lr": cap_lr, "weight_decay": cap_weight_decay, "optimizer": cap_optimizer},
+            "trunk": {
+                "trunk_lr": trunk_lr,
+                "trunk_weight_decay": trunk_weight_decay,
+                "trunk_optimizer": trunk_optimizer,
+                **changed("trunk", of_trunk, vote=vote),
+            },
+            "cap": {
+                "cap_lr": cap_lr,
+                "cap_weight_decay": cap_weight_decay,
+                "cap_optimizer": cap_optimizer,
+                **changed("cap", of_cap),
+            },
         }
         groups, self._new_values = groups_of(plans, updaters, given)
         encoding = None if vote is None else vote.encoding
@@ -329,7 +347,8 @@ class STAC(RuleOptimizer):
         """
         if self._voters is None:
             raise RuntimeError(
-                "average_trunk_state is for optimizers with a vote; others have the same state everywhere"
+                "average_trunk_state is for optimizers with a vote; others have the same state everywhere. Leave it "
+                "out, or build STAC with vote=MajorityVote()"
             )
         states = [self.state.get(param, {}) for group in self.param_groups for param in group["params"]]
         kinds = [sorted((key, str(value.dtype)) for key, value in state.items()) for state in states]
@@ -358,11 +377,12 @@ class STAC(RuleOptimizer):
                 "STAC does not support add_param_group of a group that names no stac_role: say 'stac_role': 'trunk' or "
                 "'cap' in it. To unfreeze parameters later, build STAC with include_frozen=True instead"
             )
-        (plan,) = planned_as_given([param_group])
+        (plan,) = planned_as_given([param_group], "param_group: ")
         values, guest = self._new_values[plan.role], self._guests.get(plan.role)
         if guest is None and not values:
             raise RuntimeError(
-                f"the {plan.role} has no optimizer to add a group to; give it parameters at construction"
+                f"the {plan.role} has no optimizer to add a group to; give it parameters at construction, or write "
+                f"{plan.role}_optimizer as a class or a functools.partial of one"
             )
         index = sum(group["stac_role"] == plan.role for group in self.param_groups)
         if guest is None:
@@ -396,6 +416,7 @@ class STAC(RuleOptimizer):
             return super().step(closure)
         self._tie()
         result: float | None = owner.step(self._checked(closure))
+        self._count_writes_of_guests(self.param_groups)
         return result
 
     def _checked(self, closure: Callable[..., Any]) -> Callable[..., Any]:
@@ -419,18 +440,26 @@ class STAC(RuleOptimizer):
 
     def _watch(self, groups: Sequence[Group]) -> None:
         super()._watch(groups)
-        if self._release is None:
-            for watch in (self._one_lr, self._idle_roles):
-                message = watch.warning(groups) if watch is not None else None
-                if message is not None:
-                    warn(message)
+        stepped, self._in_backward = self._in_backward, frozenset()
+        found = [watch.warning(groups) for watch in (self._one_lr, self._other_schedule) if watch is not None]
+        found += [] if self._idle_roles is None else [self._idle_roles.warning(groups, stepped)]
+        for message in found:
+            if message is not None:
+                warn(message)
+
+    def _update(self, groups: Sequence[Group], position: int | None = None) -> None:
+        super()._update(groups, position)
+        if position is not None:
+            self._in_backward |= {groups[0]["stac_role"]}
 
     def load_adamw_state_dict(
         self, state_dict: Mapping[str, Any], model: nn.Module | Iterable[tuple[str, Tensor]]
     ) -> None:
         """Go on from a run of AdamW: the trunk takes its gradient averages, the cap all of its state.
 
-        Learning rates and other hyper-parameters stay those of this optimizer.
+        Learning rates and other hyper-parameters stay those of this optimizer. A scheduler's state has a value for each
+        group, so AdamW's does not fit here: build the scheduler anew, and bring it to where AdamW's was by
+        ``for _ in range(scheduler_state["last_epoch"]): scheduler.step()``. A step that finds it elsewhere warns once.
 
         Args:
             state_dict: of a ``torch.optim.AdamW`` or ``Adam``.
@@ -455,10 +484,15 @@ class STAC(RuleOptimizer):
             True
         """
         if self._guests:
-            raise ValueError("load_adamw_state_dict is for rules of this package, not for a foreign optimizer's role")
+            foreign = ", ".join(f"{role}_optimizer {guest.rule.name}" for role, guest in self._guests.items())
+            raise ValueError(
+                "load_adamw_state_dict is for rules of this package, not for a foreign optimizer's role, got "
+                f"{foreign}; leave that out, or take a class of stac_optimizer.optim"
+            )
         present = self.state_dict()
         given = mapping("state_dict", state_dict)
         self.load_state_dict(from_adamw(given, model, present, self.param_groups, self._rules))
+        self._other_schedule = OtherSchedule(given["param_groups"])
 
     def state_dict(self) -> dict[str, Any]:
         """State and groups, as torch has them; under ``guests`` what foreign optimizers keep elsewhere."""
@@ -480,7 +514,7 @@ class STAC(RuleOptimizer):
         return load
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_new_values", "_moved", "_one_lr", "_idle_roles")
+        kept = ("_new_values", "_moved", "_one_lr", "_idle_roles", "_other_schedule")
         held = {**super().__getstate__(), **{name: getattr(self, name) for name in kept}}
         return {**held, "_guests": self._guests} if self._guests else held
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
 from stac_optimizer import (
@@ -107,8 +108,28 @@ def test_parametrized_head_goes_to_the_cap_as_a_whole() -> None:
 def test_include_frozen_splits_frozen_layers_too() -> None:
     model = frozen(small_model(), "0.weight", "0.bias", "3.weight", "3.bias")
     assert partition_trainable_layers(model).cap_layer_names == ("1",)
-    partition = partition_trainable_layers(model, include_frozen=True)
-    assert (partition.trunk_layer_names, partition.cap_layer_names) == (("0", "1"), ("3",))
+    cap, (message,) = split_and_warnings(model, include_frozen=True)
+    assert cap == ("3",)
+    assert "the cap has frozen layers alone ('3')" in message
+    assert "cap=named(...)" in message
+
+
+@pytest.mark.parametrize(
+    ("names", "arguments"),
+    [
+        (["0.weight", "0.bias"], {}),
+        (["3.weight"], {}),
+        (["3.weight", "3.bias"], {"last_n_layers": 2}),
+        (["3.weight", "3.bias"], {"cap": last_layers(1) | norms()}),
+        (["3.weight", "3.bias"], {"cap": named("3")}),
+        ([], {}),
+    ],
+    ids=["body", "part", "two", "norms", "by-name", "all"],
+)
+def test_unfreezing_moves_no_layer_to_the_other_role(names: list[str], arguments: dict[str, Any]) -> None:
+    free = partition_trainable_layers(small_model(), **arguments)
+    cap, messages = split_and_warnings(frozen(small_model(), *names), include_frozen=True, **arguments)
+    assert (cap, messages) == (free.cap_layer_names, [])
 
 
 def is_matrix(param: Tensor) -> bool:
@@ -221,6 +242,18 @@ def test_what_the_warning_of_a_tied_head_says_to_write_is_quiet() -> None:
     assert written == "named('transformer.wte') | norms()"
     cap = named("transformer.wte") | norms()
     assert split_and_warnings(model, cap=cap) == (("transformer.wte", "transformer.ln_f"), [])
+
+
+@pytest.mark.parametrize("parametrized", [["wte"], ["lm_head"], ["wte", "lm_head"]], ids=" and ".join)
+def test_tied_head_is_told_of_through_parametrizations(parametrized: list[str]) -> None:
+    model = tied_model()
+    for name in parametrized:
+        parametrize.register_parametrization(model.get_submodule(name), "weight", nn.Identity())
+    names, (message,) = split_and_warnings(model)
+    assert names == ("ln_f",)
+    assert "write cap=named('wte') | norms()" in message
+    cap = last_layers(1) | embeddings() | vectors()
+    assert split_and_warnings(model, cap=cap) == (("wte", "block", "ln_f"), [])
 
 
 def test_several_tied_heads_warn_once() -> None:

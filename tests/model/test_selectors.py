@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Callable
 from typing import Any
@@ -362,10 +361,9 @@ WRONG: dict[str, tuple[Callable[..., Any], tuple[Any, ...], type[Exception], str
         TypeError,
         "parameters_where takes a function of a name and a parameter, got 'bias' of type str",
     ),
-    "and-name": (operator.and_, (norms(), "lm_head"), TypeError, "unsupported operand.*'Selector' and 'str'"),
-    "or-name": (operator.or_, (norms(), "lm_head"), TypeError, "unsupported operand.*'Selector' and 'str'"),
-    "name-or": (operator.or_, ("lm_head", norms()), TypeError, "unsupported operand.*'str' and 'Selector'"),
-    "minus-type": (operator.sub, (norms(), nn.LayerNorm), TypeError, "unsupported operand.*'Selector' and 'type'"),
+    "of_type-made": (of_type, (nn.Tanh(),), TypeError, r"write of_type\(Tanh\)"),
+    "where-selector": (where, (norms(),), TypeError, r"got norms\(\) .*it is a selector already"),
+    "where-class": (where, (3,), TypeError, r"write last_layers\(3\)"),
 }
 
 

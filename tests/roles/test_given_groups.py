@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from stac_optimizer import STAC, last_layers
+from stac_optimizer import STAC, last_layers, vectors
 from tests.model.models import compiled, parameter
 from tests.roles.support import KEYS, NAMES, group_of
 from tests.support import assert_same_bits, small_model, take_steps, through_file
@@ -146,6 +146,22 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 def test_wrong_params_raise(build: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         STAC(build())
+
+
+def test_decay_groups_as_for_adamw_name_the_line_to_write() -> None:
+    model = small_model()
+    weights, rest = ([p for p in model.parameters() if (p.dim() > 1) is wide] for wide in (True, False))
+    groups: list[dict[str, Any]] = [
+        {"params": weights, "weight_decay": 0.1},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    with pytest.raises(ValueError, match="stac_role must be one of 'trunk', 'cap', got None") as raised:
+        STAC(groups, lr=6e-4, betas=(0.9, 0.95))
+    line = "STAC(model, weight_decay=0.1, overrides=[(vectors(), {'weight_decay': 0.0})])"
+    assert line in str(raised.value)
+    optimizer = eval(line, {"STAC": STAC, "vectors": vectors, "model": model})
+    held = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p): group["weight_decay"] for group in groups for p in group["params"]}
 
 
 @pytest.mark.parametrize("arguments", [{"last_n_layers": -1}, {"cap": last_layers(1)}], ids=["last_n_layers", "cap"])

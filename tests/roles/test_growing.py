@@ -173,3 +173,13 @@ def test_drop_in_class_takes_further_groups_as_torch_does() -> None:
     optimizer.step()
     plain.step()
     assert_same_bits([first.state_dict(), second.state_dict()], [twin.state_dict(), other.state_dict()])
+
+
+@pytest.mark.parametrize("cap_optimizer", [None, torch.optim.SGD], ids=["rule", "guest"])
+def test_schedule_of_an_added_group_does_not_move_what_the_next_begins_with(cap_optimizer: Any) -> None:
+    optimizer = STAC(small_model(), lr=torch.tensor(0.25), cap_optimizer=cap_optimizer)
+    for name in ("first", "second"):
+        optimizer.add_param_group(group_of(new_layer(), name=name, stac_role="cap"))
+        assert optimizer.param_groups[-1]["lr"].item() == 0.25
+        for group in optimizer.param_groups:
+            group["lr"].zero_()

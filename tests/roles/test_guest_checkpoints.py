@@ -91,6 +91,13 @@ REFUSED: dict[str, tuple[Any, Callable[[dict[str, Any]], object], type[Exception
         ValueError,
         "'momentum_buffer' of a parameter .* has shape str",
     ),
+    "lacks": (
+        optim.Adam,
+        first_state(lambda state: state.pop("exp_avg_sq")),
+        ValueError,
+        r"state of a parameter of shape \(5, 4\) \(trunk\) lacks 'exp_avg_sq', which torch.Adam needs",
+    ),
+    "flags": (optim.Adam, first_group(foreach=True, fused=True), ValueError, "fused=True .* foreach=True"),
     "no-dict": (
         MOMENTUM,
         lambda saved: saved["state"].update({0: 5}),

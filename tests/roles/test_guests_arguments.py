@@ -130,6 +130,20 @@ def test_what_cannot_be_meant_is_refused(given: dict[str, Any], error: type[Exce
         STAC(two_layers(), **given)
 
 
+@pytest.mark.parametrize("flag", [None, "fused", "foreach"])
+def test_added_group_with_flags_that_exclude_each_other_is_refused(flag: str | None) -> None:
+    """Also where one of them is what the foreign optimizer begins with; torch would ask in a step."""
+    function: Any = optim.Adam if flag is None else partial(optim.Adam, **{flag: True})  # type: ignore[arg-type]
+    optimizer = STAC(two_layers(), trunk_optimizer=function)
+    group = {"params": list(nn.Linear(2, 2).named_parameters(prefix="new")), "stac_role": "trunk"}
+    given = {"fused": True, "foreach": True}
+    given.pop(flag or "", None)
+    with pytest.raises(ValueError, match=r"fused=True and foreach=True, which exclude each other; leave out one"):
+        optimizer.add_param_group({**group, **given})
+    assert len(optimizer.param_groups) == 2
+    assert len(optimizer.param_groups[0]["params"]) == 2
+
+
 def test_gradients_are_not_released_for_a_guest() -> None:
     model = two_layers()
     optimizer = STAC(model, trunk_optimizer=optim.Adam)

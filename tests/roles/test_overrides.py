@@ -151,6 +151,13 @@ def test_table_shows_rates_and_decays_that_differ() -> None:
     ("overrides", "error", "message"),
     [
         ({"lr": 0.1}, TypeError, r"overrides must be \(selector, dict\) pairs, got dict"),
+        ({"weight_decay": 0.0}, TypeError, r"write a list, .*: \[\(vectors\(\), {'weight_decay': 0.0}\)\]"),
+        ({norms(): {"lr": 0.1}}, TypeError, r"write a list: \[\(norms\(\), {'lr': 0.1}\)\]"),
+        (norms(), TypeError, r"got Selector; write \[\(norms\(\), \{"),
+        (None, TypeError, "got NoneType; write .* or leave it out"),
+        ((norms(), {"lr": 0.1}), TypeError, r"got one pair; put it in a list: \[\(norms\(\), "),
+        ([({"lr": 0.1}, norms())], TypeError, r"overrides\[0\] must be a pair of a selector and a dict"),
+        ([("*.bias", {"lr": 0.1})], TypeError, r"overrides\[0\] .*write named\('\*.bias'\)"),
         ([(vectors(), 0.1)], TypeError, r"overrides\[0\] must be a pair of a selector and a dict"),
         ([("0", {"lr": 0.1})], TypeError, r"overrides\[0\] must be a pair of a selector"),
         ([(named("nothing"), {"lr": 0.1})], ValueError, "named.'nothing'. matches no layer"),

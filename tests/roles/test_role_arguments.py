@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -224,11 +225,53 @@ def messages_of(build: Callable[[], object]) -> list[str]:
     return [str(warning.message) for warning in caught]
 
 
-@pytest.mark.parametrize("arguments", [{"trunk_lr": 0.1}, {"trunk_optimizer": Lion}])
-def test_argument_of_a_role_without_parameters_draws_a_warning(arguments: dict[str, Any]) -> None:
-    (message,) = messages_of(lambda: STAC(two_layers(), last_n_layers=9, **arguments))
-    assert f"{next(iter(arguments))} is" in message
-    assert "the trunk has no parameters" in message
+# Of each role the arguments that it alone reads, at a value that is not their default.
+OF_ONE_ROLE: dict[str, dict[str, Any]] = {
+    "trunk": {
+        "trunk_lr": 0.1,
+        "trunk_weight_decay": 0.0,
+        "trunk_optimizer": Lion,
+        "trunk_momentum": 0.5,
+        "trunk_cautious": True,
+        "trunk_state_dtype": torch.int8,
+    },
+    "cap": {
+        "cap_lr": 0.1,
+        "cap_weight_decay": 0.0,
+        "cap_optimizer": Lion,
+        "betas": (0.8, 0.9),
+        "eps": 1e-6,
+        "amsgrad": True,
+    },
+}
+EACH = [pytest.param(role, name, value, id=name) for role, own in OF_ONE_ROLE.items() for name, value in own.items()]
+
+
+@pytest.mark.parametrize(("role", "name", "value"), EACH)
+def test_argument_of_a_role_without_parameters_draws_one_warning(role: str, name: str, value: Any) -> None:
+    argument: dict[str, Any] = {name: value}
+    other = "cap" if role == "trunk" else "trunk"
+    expected = [f"{name} is {value!r}, and the {role} has no parameters: nothing reads it. Leave it out"]
+    assert messages_of(lambda: STAC(two_layers(), last_n_layers=9 if role == "trunk" else 0, **argument)) == expected
+    assert messages_of(lambda: STAC([group_of(other, "0")], **argument)) == expected
+    assert messages_of(lambda: STAC([group_of(other, "0"), {"params": [], "stac_role": role}], **argument)) == []
+    assert messages_of(lambda: STAC(two_layers(), **argument)) == []
+
+
+@pytest.mark.parametrize("last_n_layers", [0, 1, 9])
+def test_defaults_draw_no_warning(last_n_layers: int) -> None:
+    assert messages_of(lambda: STAC(two_layers(), last_n_layers=last_n_layers, lr=0.1, weight_decay=0.1)) == []
+
+
+@pytest.mark.parametrize(("role", "name", "value"), EACH)
+def test_argument_of_a_rule_beside_another_optimizer_is_to_be_written_there(role: str, name: str, value: Any) -> None:
+    bare = name.removeprefix("trunk_").removeprefix("cap_")
+    if bare in ("lr", "weight_decay", "optimizer"):
+        return  # of any optimizer
+    arguments: dict[str, Any] = {name: value, f"{role}_optimizer": Lion}
+    written = re.escape(f"{role}_optimizer=functools.partial(..., {bare}={value!r})")
+    with pytest.raises(ValueError, match=f"^{name} is for the {role}'s own .*{written}"):
+        STAC(two_layers(), **arguments)
 
 
 def _embedder() -> nn.Sequential:

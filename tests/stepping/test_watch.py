@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +12,10 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from stac_optimizer import STAC, named
+from stac_optimizer import STAC, named, vectors
+from stac_optimizer.optim import Lion
 from stac_optimizer.stepping import watch
-from tests.support import set_gradients, small_model, take_steps
+from tests.support import seeded_loss, set_gradients, small_model, take_steps
 
 ERASED = "all groups have the learning rate"
 
@@ -76,14 +78,45 @@ KEEP_RATIO: dict[str, Callable[[STAC], Any]] = {
 }
 
 
+class FromFirstRate:
+    """A schedule as timm and others have them: from ``initial_lr``, which it keeps itself."""
+
+    def __init__(self, optimizer: STAC) -> None:
+        self.optimizer, self.steps = optimizer, 0
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", float(group["lr"]))
+
+    def step(self) -> None:
+        self.steps += 1
+        for group in self.optimizer.param_groups:
+            rate = group["initial_lr"] * min(self.steps, 3) / 3 / self.steps
+            group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], torch.Tensor) else rate
+
+
+KEEP_RATIO["from initial_lr"] = FromFirstRate
+KEEP_RATIO["warm-up from zero"] = lambda o: lr_scheduler.LambdaLR(o, lambda step: min(step, 3) / 3 if step < 4 else 0.5)
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "roles": {},
+    "tensor lr": {"lr": torch.tensor(0.1)},
+    "rule in the trunk": {"trunk_optimizer": Lion, "trunk_lr": 0.075},
+    "rule in the cap": {"cap_optimizer": Lion},
+    "foreign trunk": {"trunk_optimizer": torch.optim.SGD, "trunk_lr": 0.075},
+    "overrides": {"overrides": [(vectors(), {"lr_ratio": 0.5})]},
+    "overrides with a frozen group": {"overrides": [(named("0"), {"lr_ratio": 0.0}), (vectors(), {"lr_ratio": 2.0})]},
+}
+
+
+@pytest.mark.parametrize("arguments", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("name", KEEP_RATIO)
-def test_scheduler_keeps_the_ratio_of_the_roles(name: str) -> None:
-    optimizer, run = with_schedule(KEEP_RATIO[name], steps=5)
+def test_scheduler_keeps_the_ratio_of_the_roles(name: str, arguments: dict[str, Any]) -> None:
+    first = rates(STAC(small_model(), **{"lr": 0.1, **copy.deepcopy(arguments)}))
+    optimizer, run = with_schedule(KEEP_RATIO[name], steps=5, **copy.deepcopy(arguments))
     before = rates(optimizer)
     assert messages_of(run) == []
-    after = rates(optimizer)
-    assert after[0] / after[1] == pytest.approx(0.75)
-    assert after != before
+    left = [rate / began for rate, began in zip(rates(optimizer), first, strict=True) if began]
+    assert left == pytest.approx([left[0]] * len(left))
+    assert rates(optimizer) != before
 
 
 def _of_adamw(optimizer: STAC) -> Any:
@@ -182,6 +215,123 @@ def test_idle_role_warns_once_and_names_its_layers(monkeypatch: pytest.MonkeyPat
     found = messages_of(run)
     assert len(found) == 1
     assert "the cap ('3') has had no gradient for 4 steps while the other role had" in found[0]
+
+
+class Pooled(nn.Module):
+    """An encoder whose last module serves another task."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.pooler = small_model(), nn.Linear(3, 3)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.encoder(inputs)
+        return result
+
+
+class Averaged(Pooled):
+    """A model that holds a copy of itself for averages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pooler = copy.deepcopy(self.encoder)  # type: ignore[assignment]
+
+
+def _replaced(model: nn.Module) -> None:
+    model.get_submodule("encoder").add_module("3", nn.Linear(5, 3))
+
+
+IDLE: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any], dict[str, Any], str]] = {
+    "unused pooler": (Pooled, id, {}, "'pooler'"),
+    "copy for averages": (Averaged, id, {}, "'pooler.3'"),
+    "replaced head": (lambda: nn.ModuleDict({"encoder": small_model()}), _replaced, {}, "'encoder.3'"),
+    "foreign cap": (Pooled, id, {"cap_optimizer": torch.optim.SGD}, "'pooler'"),
+    "foreign trunk": (Pooled, id, {"trunk_optimizer": torch.optim.SGD}, "'pooler'"),
+    "overrides": (Pooled, id, {"overrides": [(vectors(), {"lr_ratio": 0.5})]}, "'pooler'"),
+}
+
+
+@pytest.mark.parametrize(("build", "change", "arguments", "name"), IDLE.values(), ids=IDLE)
+def test_cap_that_never_trains_warns_once_with_its_layers(
+    build: Callable[[], Any],
+    change: Callable[[nn.Module], Any],
+    arguments: dict[str, Any],
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(watch, "IDLE_ROLE_STEPS", 4)
+    model = build()
+    optimizer = STAC(model, **arguments)
+    change(model)
+
+    def run() -> None:
+        for seed in range(9):
+            seeded_loss(model["encoder"] if isinstance(model, nn.ModuleDict) else model, seed).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    (message,) = messages_of(run)
+    assert f"the cap ({name}" in message
+    assert "has had no gradient for 4 steps" in message
+    assert "cap=" in message
+
+
+def test_idle_parameters_without_names_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "IDLE_ROLE_STEPS", 4)
+    params = [nn.Parameter(torch.ones(2)) for _ in range(3)]
+    optimizer = STAC([{"params": params[:1], "stac_role": "trunk"}, {"params": params[1:], "stac_role": "cap"}])
+    params[0].grad = torch.ones(2)
+    (message,) = messages_of(lambda: [optimizer.step() for _ in range(5)])
+    assert "the cap (2 parameters without names) has had no gradient" in message
+
+
+@pytest.mark.parametrize("arguments", [{}, {"trunk_optimizer": Lion}], ids=["signum", "lion"])
+def test_role_that_is_idle_while_gradients_are_released_warns(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "IDLE_ROLE_STEPS", 4)
+    model = small_model()
+    unused = nn.Linear(2, 2)
+    model.append(unused)
+    optimizer = STAC(model, **arguments)
+
+    def run() -> None:
+        with optimizer.release_gradients(model):
+            for seed in range(8):
+                seeded_loss(model[:4], seed).backward()
+                optimizer.step()
+
+    (message,) = messages_of(run)
+    assert "the cap ('4') has had no gradient for 4 steps" in message
+
+
+def test_roles_that_train_while_gradients_are_released_do_not_warn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "IDLE_ROLE_STEPS", 4)
+    model = small_model()
+    optimizer = STAC(model)
+
+    def run() -> None:
+        with optimizer.release_gradients(model):
+            for seed in range(8):
+                seeded_loss(model, seed).backward()
+                optimizer.step()
+
+    assert messages_of(run) == []
+
+
+def test_one_lr_for_all_groups_warns_while_gradients_are_released_too() -> None:
+    model = small_model()
+    optimizer = STAC(model, lr=0.1)
+
+    def run() -> None:
+        with optimizer.release_gradients(model):
+            for step in range(1, 6):
+                for group in optimizer.param_groups:
+                    group["lr"] = 0.1 / step
+                seeded_loss(model, step).backward()
+                optimizer.step()
+
+    assert [ERASED in message for message in messages_of(run)] == [True]
 
 
 def test_role_that_is_idle_for_a_while_does_not_warn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stac_optimizer.groups.keys import checked, hyperparameters_of, refuse_near_miss, unshare_lr
+from stac_optimizer.groups.keys import checked, hyperparameters_of, refuse_unread_keys, unshare_lr
 from stac_optimizer.model.layers import writable
 from stac_optimizer.model.names import unwrapped
 from stac_optimizer.rule import Rule
 
 __all__ = ["RoleGroup", "given_groups", "given_params", "settle_names"]
+
+
+WHAT_TO_PASS = "pass model.parameters(), or model.named_parameters()"
 
 
 class RoleGroup(dict[str, Any]):
@@ -42,14 +45,20 @@ def given_groups(params: Any, rule: Rule, defaults: Mapping[str, Any]) -> list[d
     """
     if isinstance(params, nn.Module):
         raise TypeError(
-            f"params must be parameters or group dicts, got the module {type(params).__name__}; pass "
-            "model.parameters(), or model.named_parameters()"
+            f"params must be parameters or group dicts, got the module {type(params).__name__}; {WHAT_TO_PASS}"
         )
     if isinstance(params, Tensor | str | set | frozenset | Mapping) or not isinstance(params, Iterable):
-        raise TypeError(f"params must be an ordered iterable of parameters or dicts, got {type(params).__name__}")
+        one = isinstance(params, Mapping) and "params" in params
+        raise TypeError(
+            f"params must be an ordered iterable of parameters or dicts, got {type(params).__name__}; "
+            f"{'put the group in a list, [group]' if one else WHAT_TO_PASS}"
+        )
     given = list(params)
     if not given:
-        raise ValueError("params holds no parameter; an iterator such as model.parameters() can be used only once")
+        raise ValueError(
+            "params holds no parameter, and at least one trainable parameter is needed; an iterator such as "
+            "model.parameters() can be used only once"
+        )
     groups = [_given_group(group, f"group {index}: ", rule, defaults) for index, group in enumerate(_as_dicts(given))]
     settle_names(groups)
     unshare_lr(groups)
@@ -64,7 +73,8 @@ def _given_group(group: Any, where: str, rule: Rule, defaults: Mapping[str, Any]
     if not isinstance(group, Mapping):
         raise TypeError(f"{where}expected a dict, as the first group is one, got {type(group).__name__}")
     where = group.where if isinstance(group, RoleGroup) else where
-    refuse_near_miss(group, hyperparameters_of(rule), where)
+    if not isinstance(group, RoleGroup):
+        refuse_unread_keys(group, hyperparameters_of(rule), where, rule.name)
     params, names = given_params(group, where)
     result = {**group, "params": params, "rule": rule.name}
     result.pop("param_names", None)
@@ -85,7 +95,10 @@ def settle_names(groups: list[dict[str, Any]]) -> None:
         if has_names and not group["params"]:
             group["param_names"] = []
         if ("param_names" in group) != has_names:
-            raise ValueError(f"group {index}: its parameters have no names, and those of other groups have")
+            raise ValueError(
+                f"group {index}: its parameters have no names, and those of other groups have; give (name, parameter) "
+                "pairs in every group, or in none"
+            )
 
 
 def _named(group: Mapping[str, Any]) -> Iterable[tuple[str, Tensor]]:
@@ -98,10 +111,11 @@ def _refuse_repeated(named: Iterable[tuple[str, Tensor]]) -> None:
     seen: set[int] = set()
     for name, param in named:
         if name and name in names:
-            raise ValueError(f"params has the name {name!r} twice")
+            raise ValueError(f"params has the name {name!r} twice; each parameter needs a name of its own")
         if id(param) in seen:
             raise ValueError(
-                f"params has one parameter twice, of shape {tuple(param.shape)}{name and f', named {name!r}'}"
+                f"params has one parameter twice, of shape {tuple(param.shape)}{name and f', named {name!r}'}; leave "
+                "out one of the places"
             )
         names.add(name)
         seen.add(id(param))
@@ -123,7 +137,7 @@ def given_params(group: Mapping[str, Any], where: str) -> tuple[list[Tensor], li
 
 def _given_items(group: Mapping[str, Any], where: str) -> list[Any]:
     if "params" not in group:
-        raise ValueError(f"{where}params is missing")
+        raise ValueError(f"{where}params is missing; a group holds its parameters under 'params'")
     params = group["params"]
     if not isinstance(params, Iterable) or isinstance(params, set | frozenset | str | Mapping):
         raise TypeError(

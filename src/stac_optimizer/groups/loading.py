@@ -12,6 +12,7 @@ from torch import Tensor
 from stac_optimizer.distributed.shards import is_sharded
 from stac_optimizer.groups.foreign_state import moved_to
 from stac_optimizer.groups.keys import STRUCTURE_KEYS, check_common, check_parameters, checked
+from stac_optimizer.groups.other_checkpoints import refuse_other_kind, refuse_other_optimizer
 from stac_optimizer.groups.translation import translated
 from stac_optimizer.model.names import named_parameters
 from stac_optimizer.rule import COUNTER, Group, Rule, StateTensor
@@ -20,6 +21,20 @@ from stac_optimizer.validation import mapping, non_negative, pair_of_fractions
 __all__ = ["prepare"]
 
 LR_ROUNDING = 1e-9
+OTHER_SPLIT = (
+    ". The checkpoint's parameter groups are of another split: build STAC of the same model with the last_n_layers, "
+    "cap and overrides that it had then"
+)
+# What to do about a difference in what groups of STAC say of themselves.
+WAYS = {
+    "stac_role": OTHER_SPLIT,
+    "rule": (
+        ". The checkpoint's parameter groups are of another optimizer: build STAC with the trunk_optimizer and "
+        "cap_optimizer that it had then"
+    ),
+    "layer_names": OTHER_SPLIT,
+    "param_names": OTHER_SPLIT,
+}
 
 
 def prepare(
@@ -40,8 +55,7 @@ def prepare(
         TypeError: a hyper-parameter, or the state dict itself, of the wrong type.
         ValueError: the first difference between the checkpoint and the groups, or a value out of range.
     """
-    if not {"state", "param_groups"} <= set(mapping("state_dict", state_dict)):
-        raise ValueError("state_dict must hold 'state' and 'param_groups', as optimizer.state_dict() returns")
+    refuse_other_kind(mapping("state_dict", state_dict))
     if not isinstance(state_dict["param_groups"], (list, tuple)):
         raise TypeError(f"param_groups must be a list, got {type(state_dict['param_groups']).__name__}")
     given, shared = _parted(mapping("state", state_dict["state"]), state_dict["param_groups"], rules)
@@ -50,6 +64,7 @@ def prepare(
         given,
         param_groups,
     )
+    refuse_other_optimizer(groups, states, param_groups, rules)
     _refuse_other_groups(groups, param_groups)
     loaded = [
         _checked_group(saved, present, rules[present["rule"]], f"checkpoint group {index}: ")
@@ -84,18 +99,14 @@ def _parted(
 
 
 def _refuse_other_groups(groups: Sequence[Group], param_groups: Sequence[Group]) -> None:
-    """Refuse another number of groups, and another optimizer's checkpoint, with the way out."""
-    is_foreign = "stac_role" in param_groups[0] and not any("stac_role" in group for group in groups)
-    if is_foreign and groups and all({"betas", "eps"} <= set(group) for group in groups):
-        raise ValueError(
-            "the checkpoint's parameter groups have no stac_role: it is an AdamW's. Go on from it with "
-            "optimizer.load_adamw_state_dict(state_dict, model)"
-        )
+    """Refuse another number of groups, with the way out."""
     saved, present = len(groups), len(param_groups)
     if saved != present:
         more = (
-            "Groups that overrides or add_param_group made must be the same at loading: build the optimizer with the "
-            "arguments it had then, load, and add groups afterwards"
+            "Give the optimizer as many groups as it had then"
+            if "stac_role" not in param_groups[0]
+            else "Groups that overrides or add_param_group made must be the same at loading: build the optimizer with "
+            "the arguments it had then, load, and add groups afterwards"
             if saved < present
             else "Build the optimizer with the overrides it had then, and add the groups that add_param_group made"
         )
@@ -109,7 +120,8 @@ def _checked_group(saved: dict[str, Any], present: Group, rule: Rule, where: str
     fallback = {"rule": present["rule"], "param_names": present.get("param_names")}  # 0.1.2 did not save these
     for key in ("stac_role", "rule", "layer_names", "param_names"):
         if key in present or key in saved:
-            _refuse_difference(where + key, saved.get(key, fallback.get(key)), present.get(key))
+            way = WAYS[key] if "stac_role" in present else ""
+            _refuse_difference(where + key, saved.get(key, fallback.get(key)), present.get(key), way)
     if len(saved["params"]) != len(present["params"]):
         raise ValueError(f"{where}it has {len(saved['params'])} parameters, this optimizer's {len(present['params'])}")
     structure = {key: present[key] for key in STRUCTURE_KEYS if key in present and key != "params"}
@@ -127,17 +139,17 @@ def _checked_group(saved: dict[str, Any], present: Group, rule: Rule, where: str
     return {**merged, **values, "lr": lr} if slightly_negative else {**merged, **values}
 
 
-def _refuse_difference(what: str, saved: Any, present: Any) -> None:
+def _refuse_difference(what: str, saved: Any, present: Any, way: str) -> None:
     if not (isinstance(present, (tuple, list)) and isinstance(saved, (tuple, list))):
         if saved != present:
-            raise ValueError(f"{what} is {saved!r} in the checkpoint, {present!r} in this optimizer")
+            raise ValueError(f"{what} is {saved!r} in the checkpoint, {present!r} in this optimizer{way}")
         return
     for index, (theirs, ours) in enumerate(zip(saved, present, strict=False)):
         if theirs != ours:
-            raise ValueError(f"{what}[{index}] is {theirs!r} in the checkpoint, {ours!r} in this optimizer")
+            raise ValueError(f"{what}[{index}] is {theirs!r} in the checkpoint, {ours!r} in this optimizer{way}")
     if len(saved) != len(present):
         longer, whose = (saved, "only in the checkpoint") if len(saved) > len(present) else (present, "not in it")
-        raise ValueError(f"{what}: {longer[min(len(saved), len(present))]!r} is {whose}")
+        raise ValueError(f"{what}: {longer[min(len(saved), len(present))]!r} is {whose}{way}")
 
 
 def _checked_state(saved: Mapping[str, Any], name: str, param: Tensor, group: Group, rule: Rule) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from stac_optimizer.groups.other_checkpoints import refuse_no_adamw, refuse_other_kind
 from stac_optimizer.model.names import unwrapped
 from stac_optimizer.rule import Group, Rule
 from stac_optimizer.validation import mapping
@@ -116,11 +117,11 @@ def from_adamw(
         TypeError: something of the wrong type.
         ValueError: another number of parameters, or other names.
     """
-    saved = [mapping("AdamW's group", group) for group in state_dict.get("param_groups", ())]
-    if not saved or "state" not in state_dict:
-        raise ValueError("state_dict must hold 'state' and 'param_groups', as AdamW's state_dict() returns")
+    refuse_other_kind(state_dict)
+    saved = [mapping("AdamW's group", group) for group in state_dict["param_groups"]]
     if any("stac_role" in group for group in saved):
         raise ValueError("the checkpoint is a STAC's; load it with load_state_dict")
+    refuse_no_adamw(saved, mapping("state", state_dict["state"]))
     numbers = [number for group in saved for number in group["params"]]
     params = _in_adamws_order(saved, model)
     if len(numbers) != len(params):

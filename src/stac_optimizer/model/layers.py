@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from stac_optimizer.model.names import FSDP1_NAME, ROOT, WRAPPED_NAMES, layer_of, unwrapped
+from stac_optimizer.model.refusals import kind_of_model, no_pair, nothing_to_train
 from stac_optimizer.validation import boolean
 
 __all__ = ["Layers", "STACLayer", "SharedPlace", "find_layers", "writable"]
@@ -132,8 +133,8 @@ def find_layers(model: nn.Module | Iterable[tuple[str, Tensor]], *, include_froz
             expanded, or FSDP1 has flattened the parameters.
     """
     include_frozen = boolean("include_frozen", include_frozen)
-    if not isinstance(model, nn.Module | Iterable) or isinstance(model, set | frozenset):
-        raise TypeError(f"model must be a module, or (name, parameter) pairs in order, got {type(model).__name__}")
+    if not isinstance(model, nn.Module | Iterable) or isinstance(model, set | frozenset | str | Tensor | Mapping):
+        raise TypeError(f"model must be a module, or (name, parameter) pairs in order, got {kind_of_model(model)}")
     modules, held = _by_module(model) if isinstance(model, nn.Module) else ({}, list(_by_name(model)))
     _check(held)
     owned: dict[str, list[tuple[str, Tensor]]] = {}
@@ -150,7 +151,7 @@ def find_layers(model: nn.Module | Iterable[tuple[str, Tensor]], *, include_froz
         else:
             shared.append(SharedPlace(name=name, owner=owner, module=modules.get(last_place)))
     if not owned:
-        raise ValueError(_nothing_to_train(held, include_frozen))
+        raise ValueError(nothing_to_train(held, include_frozen=include_frozen))
     return Layers(
         layers=tuple(_layer(name, pairs, modules.get(name)) for name, pairs in owned.items()),
         modules=tuple(modules.get(name) for name in owned),
@@ -164,7 +165,7 @@ def _check(held: Iterable[tuple[str, Tensor]]) -> None:
     names: set[str] = set()
     for name, parameter in held:
         if name in names:
-            raise ValueError(f"model has the name {name!r} twice")
+            raise ValueError(f"model has the name {name!r} twice; each parameter needs a name of its own")
         names.add(name)
         writable(name, parameter)
 
@@ -172,17 +173,6 @@ def _check(held: Iterable[tuple[str, Tensor]]) -> None:
 def _can_be_trained(parameter: Tensor) -> bool:
     """Whether a frozen tensor could be unfrozen: quantized weights could not, buffers of a state_dict never are."""
     return isinstance(parameter, nn.Parameter) and (parameter.is_floating_point() or parameter.is_complex())
-
-
-def _nothing_to_train(held: list[tuple[str, Tensor]], include_frozen: bool) -> str:
-    if held and not any(isinstance(parameter, nn.Parameter) for _, parameter in held):
-        return (
-            "model has no trainable parameters, only tensors without gradients, as model.state_dict() gives them; pass "
-            "the model itself or model.named_parameters() to have at least one trainable parameter"
-        )
-    if include_frozen:
-        return "model has no parameters; it must have at least one, trainable or frozen"
-    return "model has no trainable parameters; at least one trainable parameter is needed, with requires_grad=True"
 
 
 def _layer(name: str, pairs: list[tuple[str, Tensor]], module: nn.Module | None) -> STACLayer:
@@ -250,11 +240,7 @@ def _by_name(named_parameters: Iterable[Any]) -> Iterator[tuple[str, Tensor]]:
             and isinstance(item[0], str)
             and isinstance(item[1], Tensor)
         ):
-            raise TypeError(
-                f"expected (name, parameter) pairs as model.named_parameters() gives, got an item of type "
-                f"{type(item).__name__}. Parameters without names do not tell which layers they form: pass the model "
-                "itself, or group dicts with a stac_role"
-            )
+            raise TypeError(no_pair(item))
         if FSDP1_NAME in item[0].split("."):
             raise ValueError(FSDP1_REFUSAL.format(f"the name {item[0]!r} is one of FullyShardedDataParallel"))
         yield unwrapped(item[0]), item[1]

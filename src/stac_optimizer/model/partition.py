@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stac_optimizer.model.layers import Layers, STACLayer, find_layers
 from stac_optimizer.model.names import layer_of, listed
+from stac_optimizer.model.selection import in_place_of
 from stac_optimizer.model.selectors import Selector, last_layers
 from stac_optimizer.model.table import partition_table
 from stac_optimizer.validation import count, warn
@@ -101,6 +102,7 @@ def split(
     in_cap = chosen.union(moved)
     if cap is not None:
         _warn_of_tied_end(layers, cap, in_cap)
+        _warn_of_frozen_end(layers, cap, in_cap)
     in_trunk = {name for name, _ in layers.named_parameters} - in_cap
     return STACPartition(trunk_layers=_parts(layers, in_trunk), cap_layers=_parts(layers, in_cap), moved=moved)
 
@@ -113,6 +115,7 @@ def _cap_selector(last_n_layers: int, cap: Selector | None) -> Selector | None:
     if not isinstance(cap, Selector):
         raise TypeError(
             f"cap must be a selector, such as named('lm_head'), or None, got {cap!r} of type {type(cap).__name__}"
+            f"{in_place_of(cap)}"
         )
     if last_n_layers != 1:
         raise ValueError(
@@ -134,6 +137,18 @@ def _warn_of_tied_end(layers: Layers, cap: Selector, in_cap: Container[str]) -> 
         f"now {listed(last, 8)}. To have the tied weight in the cap, write "
         f"cap=named({escape(layer_of(tied.owner))!r}) | norms()"
     )
+
+
+def _warn_of_frozen_end(layers: Layers, cap: Selector, in_cap: Container[str]) -> None:
+    """Warn where a cap counts from the end, and finds only what is frozen, while the trunk trains."""
+    trains = {name in in_cap for name, parameter in layers.named_parameters if parameter.requires_grad}
+    if cap.from_end and trains == {False}:
+        last = listed(layers.names[-cap.from_end :], 8)
+        warn(
+            f"the cap has frozen layers alone ({last}), so it updates nothing before they are unfrozen: include_frozen="
+            "True counts frozen layers among the last ones, for unfreezing must move no layer to the other role. To "
+            "have layers that train in the cap, name them: cap=named(...)"
+        )
 
 
 def _parts(layers: Layers, names: Container[str]) -> tuple[STACLayer, ...]:
@@ -170,7 +185,8 @@ def partition_trainable_layers(
             all cap. Beside ``cap`` it must be left out.
         cap: a selector that replaces ``last_n_layers``, default None. It may choose part of a layer, which then stands
             in both roles.
-        include_frozen: keep parameters that do not require gradients, default False.
+        include_frozen: keep parameters that do not require gradients, default False. Layers of frozen ones then count
+            as any other, so that unfreezing moves none to the other role.
 
     Raises:
         TypeError: an argument of the wrong type, or parameters without names.
@@ -178,7 +194,8 @@ def partition_trainable_layers(
             nothing.
 
     Warns:
-        UserWarning: the cap counts from the end, the model ends in a tied head, and the tied weight is in the trunk.
+        UserWarning: the cap counts from the end, and the model ends in a tied head whose weight is in the trunk, or in
+            frozen layers alone.
 
     Example:
         >>> from torch import nn

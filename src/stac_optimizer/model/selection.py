@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from stac_optimizer.model.layers import Layers, STACLayer
 from stac_optimizer.model.names import listed
 
-__all__ = ["Selector", "layer_selector", "parameter_selector"]
+__all__ = ["Selector", "in_place_of", "layer_selector", "parameter_selector"]
 
 # How strongly Python's operators bind, and what they do to sets.
 OPERATORS: dict[str, tuple[int, Callable[[frozenset[str], frozenset[str]], frozenset[str]]]] = {
@@ -71,6 +71,16 @@ class Selector:
         """Parameters that this selects and the other does not."""
         return self._combined("-", other)
 
+    # Between two selectors Python never asks these: what stands on the left is none.
+    def __ror__(self, other: object) -> NoReturn:
+        self._refuse("|", other)
+
+    def __rand__(self, other: object) -> NoReturn:
+        self._refuse("&", other)
+
+    def __rsub__(self, other: object) -> NoReturn:
+        self._refuse("-", other)
+
     def __bool__(self) -> bool:
         raise TypeError(
             f"the selector {self!r} is neither true nor false: write | in place of `or`, & in place of `and`, "
@@ -82,6 +92,10 @@ class Selector:
 
     def __contains__(self, item: object) -> NoReturn:
         self._refuse_lookup()
+
+    def _refuse(self, sign: str, other: object) -> NoReturn:
+        given = f"{other!r} of type {type(other).__name__}"
+        raise TypeError(f"{sign} combines selectors, got {given} beside {self!r}{in_place_of(other)}")
 
     def _refuse_lookup(self) -> NoReturn:
         raise TypeError(
@@ -113,7 +127,7 @@ class Selector:
 
     def _combined(self, sign: str, other: Selector) -> Selector:
         if not isinstance(other, Selector):
-            return NotImplemented
+            self._refuse(sign, other)
         binding, combine = OPERATORS[sign]
 
         def pick(layers: Layers, in_union: bool) -> frozenset[str]:
@@ -132,6 +146,30 @@ class Selector:
             hint=self.hint if self.hint == other.hint else "",
             binding=binding,
         )
+
+
+def in_place_of(value: object) -> str:
+    """What to write in place of something that is no selector; empty where that cannot be told."""
+    kind = type(value)
+    instead = ""
+    if isinstance(value, Selector):
+        instead = "it is a selector already"
+    elif isinstance(value, str):
+        instead = f"for layers of this name write named({value!r})"
+    elif isinstance(value, type) and issubclass(value, nn.Module):
+        instead = f"for layers of this class write of_type({value.__name__})"
+    elif isinstance(value, nn.Module):
+        instead = f"a module is chosen by its name, named(...), or by its class, of_type({kind.__name__})"
+    elif kind is int and value:
+        instead = f"for the last layers write last_layers({value})"
+    elif isinstance(value, list | tuple | set) and value and all(isinstance(each, Selector) for each in value):
+        instead = f"join them: {' | '.join(map(repr, value))}"
+    elif callable(value) and getattr(value, "__module__", "").startswith(__package__):
+        name = getattr(value, "__name__", kind.__name__)
+        instead = f"{name} must be called: {name}(...)"
+    elif callable(value):
+        instead = "a function of layers goes into where(...), one of names and parameters into parameters_where(...)"
+    return instead and f"; {instead}"
 
 
 def layer_selector(

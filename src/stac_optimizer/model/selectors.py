@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from stac_optimizer.model.layers import Layers, STACLayer
 from stac_optimizer.model.names import tensor_name
-from stac_optimizer.model.selection import Selector, layer_selector, parameter_selector
+from stac_optimizer.model.selection import Selector, in_place_of, layer_selector, parameter_selector
 from stac_optimizer.validation import count
 
 __all__ = [
@@ -43,6 +43,11 @@ NORM_NAME = re.compile(r"Norm(\dd|Gated)?$")
 BIAS_NAME = re.compile(r"bias$|^bias_")
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 LEAVE_OUT = "The model has none: leave it out. "
+GIVEN_A_LAYER = (
+    "The function is given a STACLayer (name, type_name, parameter_names, parameters, numel), not the module; for "
+    "classes of modules use of_type. "
+)
+GIVEN_A_PARAMETER = "The function is given a parameter's full name and the parameter. "
 
 
 def last_layers(n: int) -> Selector:
@@ -75,7 +80,10 @@ def _by_module(description: str, is_chosen: Callable[[nn.Module, nn.Module | Non
     def pick(layers: Layers) -> Iterable[STACLayer]:
         for layer, module, parent in zip(layers.layers, layers.modules, layers.parents, strict=True):
             if module is None:
-                raise ValueError(f"{description} needs the model itself: names of parameters do not tell module types")
+                raise ValueError(
+                    f"{description} needs the model itself: names of parameters do not tell module types. Pass the "
+                    "model in place of its named parameters, or choose by name: named(...), vectors(), biases()"
+                )
             if is_chosen(module, parent):
                 yield layer
 
@@ -99,11 +107,14 @@ def of_type(*types: type[nn.Module]) -> Selector:
         >>> partition_trainable_layers(model, cap=of_type(nn.Conv2d)).cap_layer_names
         ('0',)
     """
-    for module_type in types:
-        if not isinstance(module_type, type) or not issubclass(module_type, nn.Module):
-            raise TypeError(f"of_type takes module classes, such as nn.LayerNorm, got {module_type!r}")
+    kinds: tuple[Any, ...] = types
+    for given in kinds:
+        if not isinstance(given, type) or not issubclass(given, nn.Module):
+            instead = f"; write of_type({type(given).__name__})" if isinstance(given, nn.Module) else in_place_of(given)
+            instead = "; give them one by one, of_type(A, B)" if isinstance(given, tuple | list) else instead
+            raise TypeError(f"of_type takes module classes, such as nn.LayerNorm, got {given!r}{instead}")
     if not types:
-        raise ValueError("of_type takes at least one module class")
+        raise ValueError("of_type takes at least one module class, such as of_type(nn.LayerNorm), got none")
     return _by_module(f"of_type({', '.join(t.__name__ for t in types)})", lambda module, _: isinstance(module, types))
 
 
@@ -181,9 +192,12 @@ def named(*patterns: str) -> Selector:
     """
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise TypeError(f"named takes patterns as strings, got {pattern!r} of type {type(pattern).__name__}")
+            raise TypeError(
+                f"named takes patterns as strings, got {pattern!r} of type {type(pattern).__name__}; give them one by "
+                "one: named('lm_head', '*.norm*')"
+            )
     if not patterns:
-        raise ValueError("named takes at least one pattern")
+        raise ValueError("named takes at least one pattern, such as named('lm_head'), got none")
 
     def matching(pattern: str) -> Selector:
         def pick(layers: Layers) -> Iterable[STACLayer]:
@@ -208,6 +222,19 @@ def _name_of(predicate: Callable[..., Any]) -> str:
     return getattr(predicate, "__name__", repr(predicate))
 
 
+def _told(predicate: Callable[..., Any], hint: str) -> Callable[..., Any]:
+    """The function; where it takes what it is given for something else, its error says what that is."""
+
+    def told(*given: Any) -> Any:
+        try:
+            return predicate(*given)
+        except (AttributeError, TypeError) as error:
+            kind = TypeError if isinstance(error, TypeError) else AttributeError
+            raise kind(f"{error}. {hint.rstrip()}") from error
+
+    return told
+
+
 def where(predicate: Callable[[STACLayer], Any]) -> Selector:
     """Layers for which a function is true. It must be true of one, inside a union too.
 
@@ -226,14 +253,15 @@ def where(predicate: Callable[[STACLayer], Any]) -> Selector:
         ('1',)
     """
     if not callable(predicate):
-        raise TypeError(f"where takes a function of a layer, got {predicate!r} of type {type(predicate).__name__}")
+        raise TypeError(
+            f"where takes a function of a layer, got {predicate!r} of type {type(predicate).__name__}"
+            f"{in_place_of(predicate)}"
+        )
+    is_chosen = _told(predicate, GIVEN_A_LAYER)
     return layer_selector(
         f"where({_name_of(predicate)})",
-        lambda layers: (layer for layer in layers.layers if predicate(layer)),
-        hint=(
-            "The function is given a STACLayer (name, type_name, parameter_names, parameters, numel), not the module; "
-            "for classes of modules use of_type. "
-        ),
+        lambda layers: (layer for layer in layers.layers if is_chosen(layer)),
+        hint=GIVEN_A_LAYER,
     )
 
 
@@ -290,10 +318,8 @@ def parameters_where(predicate: Callable[[str, Tensor], Any]) -> Selector:
     if not callable(predicate):
         raise TypeError(
             f"parameters_where takes a function of a name and a parameter, got {predicate!r} of type "
-            f"{type(predicate).__name__}"
+            f"{type(predicate).__name__}{in_place_of(predicate)}"
         )
     return parameter_selector(
-        f"parameters_where({_name_of(predicate)})",
-        predicate,
-        hint="The function is given a parameter's full name and the parameter. ",
+        f"parameters_where({_name_of(predicate)})", _told(predicate, GIVEN_A_PARAMETER), hint=GIVEN_A_PARAMETER
     )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from stac_optimizer.distributed.vote import MajorityVote
+from stac_optimizer.groups.misspelt import meant
 from stac_optimizer.optim import AdamW, Signum
 from stac_optimizer.optimizer import RuleOptimizer
 from stac_optimizer.roles.updater import Updater
@@ -15,13 +18,19 @@ from stac_optimizer.rule import COMMON_HYPERPARAMETERS
 from stac_optimizer.validation import warn
 
 __all__ = [
+    "changed",
     "checked_own",
     "checked_shared",
+    "naming_what_was_meant",
     "refuse_unread",
     "refuse_unread_shared",
     "rule_arguments",
     "warn_of_empty_role",
 ]
+
+Init = TypeVar("Init", bound=Callable[..., None])
+
+OWN: Mapping[str, type[RuleOptimizer]] = {"trunk": Signum, "cap": AdamW}
 
 
 def checked_shared(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,21 +73,22 @@ def refuse_unread(role: str, function: object, values: Mapping[str, Any], *, vot
     """
     if vote is not None and not isinstance(vote, MajorityVote):
         raise TypeError(f"vote must be a MajorityVote or None, got {type(vote).__name__}")
-    if function is None:
-        return
-    kind = Signum if role == "trunk" else AdamW
-    changed = [
-        name
-        for name, value in values.items()
-        if value != kind.rule.hyperparameters[name.removeprefix("trunk_")].default
-    ]
-    if changed or vote is not None:
-        name = changed[0] if changed else "vote"
+    given = changed(role, values, vote=vote)
+    if function is not None and given:
+        name, value = next(iter(given.items()))
         bare = name.removeprefix("trunk_")
+        shown = "..." if name == "vote" else repr(value)
         raise ValueError(
-            f"{name} is for the {role}'s own {kind.__name__}, got {values.get(name, vote)!r} beside {role}_optimizer; "
-            f"write it there: {role}_optimizer=functools.partial(..., {bare}=...)"
+            f"{name} is for the {role}'s own {OWN[role].__name__}, got {value!r} beside {role}_optimizer; write it "
+            f"there: {role}_optimizer=functools.partial(..., {bare}={shown})"
         )
+
+
+def changed(role: str, values: Mapping[str, Any], *, vote: MajorityVote | None = None) -> dict[str, Any]:
+    """Those of the arguments of a role's own rule that are not at their defaults."""
+    known = OWN[role].rule.hyperparameters
+    given = {name: value for name, value in values.items() if value != known[name.removeprefix("trunk_")].default}
+    return given if vote is None else {**given, "vote": vote}
 
 
 def refuse_unread_shared(shared: Mapping[str, Any], updaters: Mapping[str, Updater]) -> None:
@@ -114,4 +124,30 @@ def warn_of_empty_role(role: str, own: Mapping[str, Any]) -> None:
     """Warn of arguments for a role that has no parameters."""
     for name, value in own.items():
         if value is not None:
-            warn(f"{role}_{name} is {value!r}, and the {role} has no parameters: nothing reads it. Leave it out")
+            warn(f"{name} is {value!r}, and the {role} has no parameters: nothing reads it. Leave it out")
+
+
+def naming_what_was_meant(init: Init) -> Init:
+    """A constructor that says of an argument it does not have which was meant, in place of Python's bare refusal."""
+    arguments = list(inspect.signature(init).parameters.values())[1:]
+    known = [argument.name for argument in arguments]
+    positional = [argument.name for argument in arguments if argument.kind is argument.POSITIONAL_OR_KEYWORD]
+
+    @functools.wraps(init)
+    def told(self: Any, *args: Any, **kwargs: Any) -> None:
+        unknown = next((name for name in kwargs if name not in known), None)
+        if unknown is not None:
+            name = meant(unknown, known)
+            way = (
+                f"what another optimizer takes is written in that, trunk_optimizer=functools.partial(..., {unknown}="
+                "...); help(STAC) shows STAC's own"
+            )
+            raise TypeError(f"STAC has no argument {unknown!r}; {way if name is None else f'did you mean {name!r}?'}")
+        if len(args) > len(positional):
+            raise TypeError(
+                f"STAC takes {' and '.join(positional)} by position, got {len(args)} values; give the others by name, "
+                "such as betas=(0.9, 0.95)"
+            )
+        init(self, *args, **kwargs)
+
+    return told  # type: ignore[return-value]  # the same signature, which wraps keeps for readers

@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
 
 from stac_optimizer.groups.given import settle_names
-from stac_optimizer.groups.keys import check_common, checked, hyperparameters_of, refuse_near_miss, unshare_lr
+from stac_optimizer.groups.keys import (
+    check_common,
+    checked,
+    hyperparameters_of,
+    instead_of,
+    refuse_unread_keys,
+    unshare_lr,
+)
 from stac_optimizer.roles.arguments import warn_of_empty_role
 from stac_optimizer.roles.guests import Guest
-from stac_optimizer.roles.overrides import with_lr_of_ratio
+from stac_optimizer.roles.overrides import LR_RATIO, with_lr_of_ratio
 from stac_optimizer.roles.plan import ROLES, GroupPlan
 from stac_optimizer.roles.updater import Updater, fresh
 from stac_optimizer.rule import Rule
@@ -29,7 +35,7 @@ def groups_of(
     Args:
         plans: of both roles.
         updaters: by role what updates it.
-        given: by role what its own arguments were given as, for a warning where it has no parameters.
+        given: by role its own arguments that were given, for a warning where it has no parameters.
 
     Raises:
         TypeError: a function that returns no optimizer, or a value of the wrong type.
@@ -70,12 +76,12 @@ def group_of_rule(plan: GroupPlan, rule: Rule, values: Mapping[str, Any], index:
         TypeError: a value of the wrong type.
         ValueError: a misspelt key, or a value out of range.
     """
-    refuse_near_miss(plan.values, hyperparameters_of(rule), WHERE)
+    given = [key for key in plan.values if key != "betas"]  # for schedulers that cycle momentum, in every group
+    refuse_unread_keys(given, {*hyperparameters_of(rule), LR_RATIO}, WHERE, f"{rule.name} ({plan.role})")
     whole = with_lr_of_ratio({**values, **plan.values}, values["lr"])
-    group = {**whole, **checked(whole, rule, WHERE), "params": plan.params}
-    if isinstance(group["lr"], Tensor):
-        group["lr"] = group["lr"].clone()  # or a schedule of this group would move what the next one begins with
-    return {**group, **plan.structure(index, rule.name)}
+    # Fresh, or a schedule of this group would move what the next one begins with.
+    group = fresh({**whole, **checked(whole, rule, WHERE)})
+    return {**group, "params": plan.params, **plan.structure(index, rule.name)}
 
 
 def group_of_guest(
@@ -96,11 +102,13 @@ def group_of_guest(
             one group alone.
     """
     if guest.needs_closure:
-        raise ValueError(f"{guest.rule.name} takes one group alone")
-    refuse_near_miss(plan.values, guest.optimizer.defaults, WHERE)
-    check_common(plan.values, WHERE)
-    unread = [key for key in plan.values if key in known and key not in guest.groups[0]]
+        raise ValueError(f"{WHERE}{guest.rule.name} takes one group alone; give it all parameters at construction")
+    read = {*guest.optimizer.defaults, *guest.groups[0], LR_RATIO}
+    unread = [key for key in plan.values if key in known and key not in read]
     if unread:
-        raise ValueError(f"{WHERE}{unread[0]!r} is no hyper-parameter of {guest.rule.name}")
-    whole = with_lr_of_ratio({**values, **plan.values}, guest.groups[0].get("lr"))
+        name = guest.rule.name
+        raise ValueError(f"{WHERE}{unread[0]!r} is no hyper-parameter of {name}{instead_of(unread[0], read)}")
+    refuse_unread_keys([key for key in plan.values if key != "betas"], read, WHERE, f"{guest.rule.name} ({plan.role})")
+    check_common(plan.values, WHERE)
+    whole = fresh(with_lr_of_ratio({**values, **plan.values}, guest.groups[0].get("lr")))
     return {**whole, **plan.structure(index, guest.rule.name), "params": list(plan.params)}

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from stac_optimizer.distributed.shards import is_sharded
 from stac_optimizer.groups.foreign_state import tensors_in
 from stac_optimizer.rule import Group, Rule, StateTensor
+from stac_optimizer.rule.hyperparameters import EXCLUDED_FLAGS
 
 __all__ = ["MATRIX_CLASSES", "Guest", "GuestRule", "dry", "step_unseen", "without_data"]
 
@@ -28,7 +29,6 @@ __all__ = ["MATRIX_CLASSES", "Guest", "GuestRule", "dry", "step_unseen", "withou
 SHARED = frozenset({"param_groups", "state"})
 # torch.optim.Muon takes matrices alone; it came with torch 2.9.
 MATRIX_CLASSES = tuple(getattr(torch.optim, name) for name in ("Muon",) if hasattr(torch.optim, name))
-PLAIN_PAIR = (torch.nn.Parameter, Tensor)
 # They choose the kernels of a step, and not its state; some ask for a device.
 PATH_FLAGS = frozenset({"capturable", "foreach", "fused"})
 
@@ -55,13 +55,18 @@ class GuestRule(Rule):
         return ()
 
     def parameter_problem(self, param: Tensor, group: Group) -> str | None:
-        return None if self.takes(param) else f"has {param.ndim} dimensions, and {self.name} takes matrices alone"
+        if not self.takes(param):
+            return f"has {param.ndim} dimensions, and {self.name} takes matrices alone"
+        flags = _excluded(group)
+        return None if flags is None else f"is in a group with {flags}"
 
     def gradient_problem(self, param: Tensor, grad: Tensor, group: Group) -> str | None:
-        # Asked of every parameter in every step, so what is plain is told at one look.
-        if (type(param), type(grad)) != PLAIN_PAIR and is_sharded(param) != is_sharded(grad):
+        if is_sharded(param) != is_sharded(grad):
             return "and its gradient are not both DTensors; distribute the gradient as the parameter is"
         return None
+
+    def takes_plain(self, group: Group) -> bool:
+        return True
 
 
 class Guest:
@@ -111,7 +116,14 @@ class Guest:
         return self.optimizer.step() if closure is None else self.optimizer.step(closure)
 
     def add_param_group(self, group: dict[str, Any]) -> None:
-        """Let it complete a group, and take it."""
+        """Let it complete a group, and take it.
+
+        Raises:
+            ValueError: flags that exclude each other, one of them its own. Nothing was added.
+        """
+        flags = _excluded({**self.optimizer.defaults, **group})
+        if flags is not None:
+            raise ValueError(f"group to add: with what {self.rule.name} begins with it has {flags}")
         self.optimizer.add_param_group(group)
 
     def bytes_by_parameter(self, state: Mapping[Tensor, Any]) -> dict[Tensor, int]:
@@ -122,7 +134,7 @@ class Guest:
         return {param: sum(t.nbytes for t in tensors_in(held[param] or made.get(param))) for param in params}
 
     def check_state(self, loaded: Mapping[Any, Mapping[str, Any]]) -> None:
-        """Refuse state that is to be loaded and has other shapes than a step would make, where that is known.
+        """Refuse state that is to be loaded and is not what a step would make and find, where that is known.
 
         Raises:
             ValueError: naming what differs.
@@ -130,7 +142,14 @@ class Guest:
         params = [param for group in self.groups for param in group["params"]]
         made = self._made(params) if any(loaded.get(param) for param in params) else {}
         for param, state in made.items():
-            for key, value in loaded.get(param, {}).items():
+            held = loaded.get(param, {})
+            lacking = [key for key, value in state.items() if isinstance(value, Tensor) and key not in held]
+            if held and lacking:
+                raise ValueError(
+                    f"the checkpoint's state of a parameter of shape {tuple(param.shape)} ({self.role}) lacks "
+                    f"{lacking[0]!r}, which {self.rule.name} needs; load what it saved under the same hyper-parameters"
+                )
+            for key, value in held.items():
                 expected = state.get(key)
                 if isinstance(expected, Tensor) and value is not None:
                     shape = value.shape if isinstance(value, Tensor) else type(value).__name__
@@ -195,6 +214,14 @@ class Guest:
         twin = object.__new__(type(self))
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return twin
+
+
+def _excluded(group: Mapping[str, Any]) -> str | None:
+    """Flags of a group that exclude each other, which torch asks at construction and then in a step; or None."""
+    for one, other in EXCLUDED_FLAGS:
+        if group.get(one) and group.get(other):
+            return f"{one}=True and {other}=True, which exclude each other; leave out one of them"
+    return None
 
 
 def _attributes(optimizer: Optimizer) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from stac_optimizer.groups.keys import STRUCTURE_KEYS
 from stac_optimizer.model.layers import Layers
-from stac_optimizer.model.selectors import Selector
+from stac_optimizer.model.selection import Selector, in_place_of
 from stac_optimizer.validation import non_negative
 
 __all__ = [
@@ -32,23 +32,44 @@ def checked_overrides(overrides: Any) -> list[tuple[Selector, dict[str, Any]]]:
         TypeError: no (selector, dict) pair.
         ValueError: a key that is no hyper-parameter, or both ``lr`` and ``lr_ratio``.
     """
-    if isinstance(overrides, Mapping | str) or not isinstance(overrides, Iterable):
-        raise TypeError(f"overrides must be (selector, dict) pairs, got {type(overrides).__name__}")
+    if isinstance(overrides, Mapping | str | Selector) or not isinstance(overrides, Iterable):
+        raise TypeError(
+            f"overrides must be (selector, dict) pairs, got {type(overrides).__name__}; write {_as_pairs(overrides)}"
+        )
+    pairs = list(overrides)
+    if len(pairs) == 2 and isinstance(pairs[0], Selector) and isinstance(pairs[1], Mapping):
+        raise TypeError(
+            f"overrides must be (selector, dict) pairs, got one pair; put it in a list: [({pairs[0]!r}, ...)]"
+        )
     result = []
-    for index, pair in enumerate(overrides):
+    for index, pair in enumerate(pairs):
         where = f"overrides[{index}]"
         is_pair = isinstance(pair, tuple | list) and len(pair) == 2
         if not (is_pair and isinstance(pair[0], Selector) and isinstance(pair[1], Mapping)):
+            instead = in_place_of(pair[0]) if is_pair and isinstance(pair[1], Mapping) else ""
             raise TypeError(
                 f"{where} must be a pair of a selector and a dict, such as (vectors(), {{'weight_decay': 0.0}}), got "
-                f"{pair!r}"
+                f"{pair!r}{instead}"
             )
         values = dict(pair[1])
         for key in values:
+            if not isinstance(key, str):
+                raise TypeError(f"{where}: keys must be strings, got {key!r} of type {type(key).__name__}")
             if key in STRUCTURE_KEYS:
-                raise ValueError(f"{where} may not set {key!r}, which STAC itself does")
+                raise ValueError(f"{where} may not set {key!r}, which STAC itself does; leave it out")
         result.append((pair[0], checked_ratio(values, f"{where}: ")))
     return result
+
+
+def _as_pairs(given: Any) -> str:
+    """What is no list of pairs, written as one."""
+    if isinstance(given, Mapping) and given and all(isinstance(key, Selector) for key in given):
+        return f"a list: [{', '.join(f'({key!r}, {value!r})' for key, value in given.items())}]"
+    if isinstance(given, Mapping) and given:
+        return f"a list, with a selector of what it is for: [(vectors(), {dict(given)!r})]"
+    if isinstance(given, Selector):
+        return f"[({given!r}, {{'weight_decay': 0.0}})]"
+    return "[(vectors(), {'weight_decay': 0.0})], or leave it out"
 
 
 def checked_ratio(values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -61,7 +82,9 @@ def checked_ratio(values: dict[str, Any], where: str) -> dict[str, Any]:
     if LR_RATIO not in values:
         return values
     if "lr" in values:
-        raise ValueError(f"{where}both lr and lr_ratio are given; give one of them")
+        raise ValueError(
+            f"{where}both lr and lr_ratio are given, {values['lr']!r} and {values[LR_RATIO]!r}; give one of them"
+        )
     return {**values, LR_RATIO: non_negative(where + LR_RATIO, values[LR_RATIO])}
 
 

@@ -78,7 +78,16 @@ def planned(
             members.setdefault(applied[name], []).append((name, param))
         for which, named in members.items():
             names, params = [name for name, _ in named], [param for _, param in named]
-            plans.append(GroupPlan(role=role, params=params, names=names, values=merged(overrides, which), types=types))
+            plans.append(
+                GroupPlan(
+                    role=role,
+                    params=params,
+                    names=names,
+                    values=merged(overrides, which),
+                    types=types,
+                    where=f"overrides, {role}: " if which else "",
+                )
+            )
     return plans
 
 
@@ -87,23 +96,27 @@ def _named(layers: Iterable[STACLayer]) -> Iterable[tuple[str, Tensor]]:
         yield from zip(layer.parameter_names, layer.parameters, strict=True)
 
 
-def planned_as_given(given: Iterable[Any]) -> list[GroupPlan]:
+def planned_as_given(given: Iterable[Any], where_of_one: str | None = None) -> list[GroupPlan]:
     """From dicts that name their ``stac_role``, in the order given.
+
+    Args:
+        given: the dicts.
+        where_of_one: what stands before a name in a message, where it is not the number of a group.
 
     Raises:
         TypeError: no dict, or something in it of the wrong type.
         ValueError: no role, an exhausted iterator.
     """
-    plans = []
+    given, plans = list(given), []
     for index, group in enumerate(given):
-        where = f"group {index}: "
+        where = where_of_one or f"group {index}: "
         if not isinstance(group, Mapping):
             raise TypeError(f"{where}expected a dict, as the first group is one, got {type(group).__name__}")
         if "stac_role" not in group:
             raise ValueError(
                 f"{where}stac_role must be one of 'trunk', 'cap', got None: groups must say which role they are of. To "
                 "let STAC split a model, pass the model itself, and what differs between parameters as overrides: "
-                "STAC(model, overrides=[(vectors(), {'weight_decay': 0.0})])"
+                f"STAC(model, {_shared_decay(given)}overrides=[(vectors(), {{'weight_decay': 0.0}})])"
             )
         role = one_of(where + "stac_role", group["stac_role"], ROLES)
         params, names = given_params(group, where)
@@ -121,3 +134,10 @@ def planned_as_given(given: Iterable[Any]) -> list[GroupPlan]:
             )
         )
     return plans
+
+
+def _shared_decay(given: Iterable[Any]) -> str:
+    """The weight decay of groups as an argument of all, where some have one and others none."""
+    decays = [group.get("weight_decay", 0.0) for group in given if isinstance(group, Mapping)]
+    greatest = max((decay for decay in decays if isinstance(decay, int | float)), default=0.0)
+    return f"weight_decay={greatest}, " if greatest > 0 else ""

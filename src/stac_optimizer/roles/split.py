@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from stac_optimizer.model.layers import Layers, find_layers
 from stac_optimizer.model.partition import split
+from stac_optimizer.model.refusals import kind_of_model
 from stac_optimizer.model.selectors import Selector, untied_embeddings
 from stac_optimizer.roles.overrides import checked_overrides
 from stac_optimizer.roles.plan import GroupPlan, planned, planned_as_given
@@ -30,11 +31,10 @@ def as_given(model: Any) -> Any:
     if isinstance(model, nn.Module):
         return model
     if isinstance(model, Tensor | str | set | frozenset) or not isinstance(model, Iterable):
-        raise TypeError(f"model must be a module, named parameters or group dicts, got {type(model).__name__}")
+        raise TypeError(f"model must be a module, named parameters or group dicts, got {kind_of_model(model)}")
     if isinstance(model, Mapping):
-        raise TypeError(
-            "model must be a module, named parameters or group dicts with a stac_role, got one dict: put it in a list"
-        )
+        one = "one group dict: put it in a list, [group]" if "params" in model else kind_of_model(model)
+        raise TypeError(f"model must be a module, named parameters or group dicts with a stac_role, got {one}")
     return list(model)
 
 
@@ -87,7 +87,8 @@ def plans_of(
         for name, (value, default) in chosen.items():
             if value is not default and value != default:
                 raise ValueError(
-                    f"{name} chooses layers of a model, got {value!r} beside groups that name their stac_role"
+                    f"{name} chooses layers of a model, got {value!r} beside groups that name their stac_role; leave "
+                    "it out and say it in the groups, or pass the model in place of groups"
                 )
         return planned_as_given(model), None, ()
     layers = find_layers(model, include_frozen=include_frozen)

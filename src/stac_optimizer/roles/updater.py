@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from stac_optimizer.distributed.vote import MajorityVote
 from stac_optimizer.groups.given import RoleGroup
-from stac_optimizer.groups.keys import check_common, defaults_of, hyperparameters_of, refuse_near_miss
+from stac_optimizer.groups.keys import check_common, defaults_of, hyperparameters_of, refuse_unread_keys
 from stac_optimizer.optimizer import RuleOptimizer
 from stac_optimizer.roles.guests import MATRIX_CLASSES, Guest
 from stac_optimizer.roles.overrides import LR_RATIO
@@ -122,14 +122,19 @@ class Updater:
         wheres = [plan.where or f"{self.role}: " for plan in plans]
         optimizer = self.function(list(map(RoleGroup, given, wheres)))
         if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"{self.role}_optimizer must return an optimizer, got {type(optimizer).__name__}")
+            raise TypeError(
+                f"{self.role}_optimizer must return an optimizer, got {type(optimizer).__name__}; write a class, a "
+                "functools.partial of one, or lambda groups: SGD(groups, lr=0.1)"
+            )
         groups = self._taken_over(optimizer, plans, given)
         written_lr = self.written.get("lr")
         for index, (plan, group) in enumerate(zip(plans, groups, strict=True)):
             self._check_values(plan, group, optimizer)
             if LR_RATIO in plan.values:
                 if "lr" not in group:
-                    raise ValueError(f"{self.role}: {type(optimizer).__name__} has no lr for lr_ratio to multiply")
+                    raise ValueError(
+                        f"{self.role}: {type(optimizer).__name__} has no lr for lr_ratio to multiply; leave it out"
+                    )
                 group["lr"] = group["lr"] * plan.values[LR_RATIO]
             group.update(plan.structure(index, self.rule.name if self.rule else ""))
             if self.native is None:  # STAC itself asks for finite gradients, whatever the function has written
@@ -178,7 +183,8 @@ class Updater:
         if held != [[id(param) for param in plan.params] for plan in plans]:
             raise ValueError(
                 f"{self.role}_optimizer must hand the groups it is given to the optimizer as they are; "
-                f"{type(optimizer).__name__} holds other parameters"
+                f"{type(optimizer).__name__} holds other parameters. Write lambda groups: "
+                f"{type(optimizer).__name__}(groups, ...)"
             )
         return groups
 
@@ -203,13 +209,9 @@ class Updater:
                         f"{self.role}_optimizer must hand the groups it is given to the optimizer as they are: an "
                         f"override's {key} is lost, {group.get(key)!r} in place of {plan.values[key]!r}"
                     )
-        refuse_near_miss(plan.values, known, where)
-        for key in () if plan.is_given else plan.values:
-            if key not in known:
-                raise ValueError(
-                    f"{where}{key!r} is no hyper-parameter of {type(optimizer).__name__}, which has "
-                    f"{', '.join(sorted(known))}; select parameters of the other role alone, or leave it out"
-                )
+        # Schedulers that cycle momentum look for betas in every group.
+        keys = [key for key in plan.values if not (plan.is_given and key == "betas")]
+        refuse_unread_keys(keys, known, where, type(optimizer).__name__, of_overrides=not plan.is_given)
 
 
 def _is(held: Any, given: Any) -> bool:

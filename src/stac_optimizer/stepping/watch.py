@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import Tensor
 
+from stac_optimizer.model.names import listed
 from stac_optimizer.rule import Group
 
-__all__ = ["IdleRoles", "OneLr"]
+__all__ = ["IdleRoles", "OneLr", "OtherSchedule"]
 
 # Of steps in which a role had no gradient while another had: enough for a warm-up, soon enough to be told in a run.
 IDLE_ROLE_STEPS = 500
@@ -55,6 +56,43 @@ def _rates(groups: Iterable[Group]) -> set[float]:
     return set(map(float, values)) - {0.0}
 
 
+class OtherSchedule:
+    """Whether a schedule goes on where that of an AdamW stood whose state was loaded; asked at the next step.
+
+    A scheduler's state has a value for each of its groups, which are not AdamW's, and an optimizer cannot see it
+    loaded: torch then fails at the scheduler's next step, or moves some groups alone, or none to where they had been.
+    """
+
+    NEAR = 0.05
+    """Of a share: schedules may be a step apart."""
+
+    def __init__(self, saved: Sequence[Group]) -> None:
+        self._count = len(saved)
+        shares = _shares(saved)
+        self._share = shares[0] if shares else None
+
+    def warning(self, groups: Sequence[Group]) -> str | None:
+        """What to warn of at this step, once."""
+        share, self._share = self._share, None
+        others = [] if share is None else _shares(groups)
+        if share is None or all(abs(other - share) <= self.NEAR * max(other, share) for other in others):
+            return None
+        return (
+            f"AdamW's scheduler had brought its lr to {share:.3g} of what it began with, and the groups here are at "
+            f"{', '.join(f'{other:.3g}' for other in others)}. If the schedule is to go on, do not load its state: it "
+            f"is of {self._count} group{'s' * (self._count != 1)}, and here are {len(groups)} with other rates. Build "
+            "the scheduler anew, and bring it there: for _ in range(scheduler_state['last_epoch']): scheduler.step()"
+        )
+
+
+def _shares(groups: Sequence[Group]) -> list[float]:
+    """What schedules have left of each group's first lr; none where to read one would wait for a device."""
+    pairs = [(group["lr"], group["initial_lr"]) for group in groups if "lr" in group and "initial_lr" in group]
+    if any(isinstance(value, Tensor) and not value.is_cpu for pair in pairs for value in pair):
+        return []
+    return [float(lr) / float(first) for lr, first in pairs if first]
+
+
 class IdleRoles:
     """Whether the parameters of one role never have a gradient while the other's have."""
 
@@ -62,14 +100,19 @@ class IdleRoles:
         self._idle: dict[str, int] = {}
         self._is_done = False
 
-    def warning(self, groups: Sequence[Group]) -> str | None:
-        """What to warn of at this step, once."""
+    def warning(self, groups: Sequence[Group], stepped: Collection[str] = ()) -> str | None:
+        """What to warn of at this step, once.
+
+        Args:
+            groups: all groups.
+            stepped: the roles that were updated in backward, where gradients are released.
+        """
         if self._is_done:
             return None
         had: dict[str, bool] = {}
         for group in groups:
             role = group["stac_role"]
-            had[role] = had.get(role, False) or any(param.grad is not None for param in group["params"])
+            had[role] = had.get(role, role in stepped) or any(param.grad is not None for param in group["params"])
         if len(had) < 2 or not any(had.values()):
             return None
         for role, has_gradient in had.items():
@@ -83,7 +126,7 @@ class IdleRoles:
             return None
         self._is_done = True
         names = [name for group in groups if group["stac_role"] == idle for name in group["layer_names"]]
-        shown = ", ".join(map(repr, names[:5])) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        shown = listed(names, 5) if names else f"{len(of_idle)} parameters without names"
         return (
             f"the {idle} ({shown}) has had no gradient for {IDLE_ROLE_STEPS} steps while the other role had: are these "
             "layers unused, a copy such as an EMA's, or was a module replaced after the optimizer was built? Choose "
