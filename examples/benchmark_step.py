@@ -18,7 +18,6 @@ on the CPU by replaying all that torch's profiler saw allocated and freed, where
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import os
@@ -31,7 +30,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -41,7 +39,7 @@ from tqdm import tqdm
 from benchmark_contestants import BASELINE, CONTESTANTS, Contestant, LeftOutError
 from benchmark_report import Report, Result, describe_machine, draw_bars, format_table, write_json
 from benchmark_shapes import SHAPES, Workload
-from command_line import at_least_one, usable_device
+from command_line import Parser, at_least_one, not_negative, output_folder, positive, usable_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # More than any cache holds, in float32.
@@ -225,25 +223,27 @@ def race(
 
 def main(argv: Sequence[str] | None = None) -> Report:
     """Run the benchmark, print the table, write the JSON and the chart, and return the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--shapes", choices=SHAPES, default="gpt2-small", help="(default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of all weights (default: %(default)s)")
     parser.add_argument("--device", type=usable_device, default="cpu", help="for example cuda (default: %(default)s)")
     parser.add_argument("--steps", type=at_least_one, default=30, help="timed steps of each (default: %(default)s)")
-    parser.add_argument("--warmup", type=int, default=3, help="further untimed steps of each (default: %(default)s)")
     parser.add_argument(
-        "--budget", type=float, default=60, help="seconds after which one stops early (default: %(default)s)"
+        "--warmup", type=not_negative, default=3, help="further untimed steps of each (default: %(default)s)"
     )
     parser.add_argument(
-        "--patience", type=float, default=300, help="seconds for the first two steps of each (default: %(default)s)"
+        "--budget", type=positive, default=60, help="seconds after which one stops early (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--patience", type=positive, default=300, help="seconds for the first two steps of each (default: %(default)s)"
     )
     parser.add_argument(
         "--contestants", nargs="+", metavar="PART", help=f"those with one of these in their names, and {BASELINE}"
     )
-    parser.add_argument("--out", type=Path, default=Path("benchmark"), help="folder to write to (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=output_folder, default="benchmark", help="folder to write to (default: %(default)s)"
+    )
     options = parser.parse_args(argv)
-    if options.warmup < 0:
-        parser.error("--warmup must be at least 0")
 
     device = torch.device(options.device)
     machine = describe_machine(device)

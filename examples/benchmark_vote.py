@@ -8,7 +8,6 @@ whole step with votes stands beside a whole step without, whose gradient was ave
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import sys
@@ -19,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from command_line import at_least_one
+from command_line import Parser, at_least_one, check_torchrun
 from stac_optimizer import STAC, MajorityVote
 from stac_optimizer.distributed.vote import ENCODINGS, Voters
 
@@ -85,14 +84,13 @@ def compare(numel: int, rounds: int) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run on every rank; print on the first."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--numel", type=at_least_one, default=1 << 24, help="weights (default: %(default)s)")
     parser.add_argument(
         "--rounds", type=at_least_one, default=9, help="of which the median counts (default: %(default)s)"
     )
     options = parser.parse_args(argv)
-    if "RANK" not in os.environ:
-        parser.error("start it with torchrun, for it runs on several processes")
+    check_torchrun(parser)
     dist.init_process_group("gloo")
     results = compare(options.numel, options.rounds)
     if dist.get_rank() == 0:

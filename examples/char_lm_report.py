@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-__all__ = ["Summary", "draw_curves", "format_table"]
+from command_line import output_file
+
+__all__ = ["Summary", "draw_curves", "format_table", "picture_file"]
 
 COLORS = ("tab:orange", "tab:blue", "tab:green", "tab:red")
 
@@ -51,6 +54,19 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
     starts = range(-(window // 2), len(values) - window // 2)
     chunks = (values[max(0, start) : start + window] for start in starts)
     return [sum(chunk) / len(chunk) for chunk in chunks]
+
+
+def picture_file(text: str) -> Path:
+    """Check that a drawing can be written to a file; for the ``type`` of an option.
+
+    Raises:
+        ArgumentTypeError: it cannot, as where the name does not tell one of matplotlib's formats.
+    """
+    path = output_file(text)
+    formats = FigureCanvasAgg.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        raise argparse.ArgumentTypeError(f"must end in one of {', '.join(sorted(formats))}, got {text!r}")
+    return path
 
 
 def draw_curves(summaries: Sequence[Summary], path: Path, *, title: str) -> None:

@@ -62,9 +62,13 @@ class Settings:
     stac_trunk_cautious: bool = setting(True, "in STAC's trunk, step only where the present gradient agrees")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "validate_every", "batch_size", "context", "width", "depth", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}, but it must be at least 1")
+        for name, value in vars(self).items():
+            least = 0 if name in ("warmup", "seed") or isinstance(value, float) else 1
+            if not isinstance(value, bool) and not least <= value < math.inf:
+                kind = "a finite number" if isinstance(value, float) else "a whole number"
+                raise ValueError(f"{name} = {value}, but it must be {kind} of at least {least}")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed = {self.seed}, but it must be below 2**32")
         if self.width % self.heads:
             raise ValueError(f"width = {self.width} must be a multiple of heads = {self.heads}")
 
@@ -92,13 +96,22 @@ def refuse_other_settings(given: Mapping[str, Any], stored: Mapping[str, Any]) -
     Raises:
         ValueError: the first difference.
     """
+    if stored.keys() != {entry.name for entry in fields(Settings)}:
+        raise ValueError("the checkpoint was made by another version of this example, which has other settings")
     for name, value in given.items():
         if value != stored[name]:
             raise ValueError(f"{name} = {value}, but the checkpoint was made with {name} = {stored[name]}")
 
 
 def make_model(settings: Settings, corpus: Corpus) -> CharTransformer:
-    """Return the model with its first weights; the same settings, the same weights."""
+    """Return the model with its first weights; the same settings, the same weights.
+
+    Raises:
+        ValueError: the text is too short for the context.
+    """
+    longest = len(corpus.validation) - 1
+    if settings.context > longest:
+        raise ValueError(f"context = {settings.context}, but the text to validate on allows {longest} at most")
     torch.manual_seed(settings.seed)
     return CharTransformer(
         len(corpus.vocabulary),

@@ -6,7 +6,6 @@ finishes. Run from the repository root: ``python examples/digits.py``.
 
 from __future__ import annotations
 
-import argparse
 import math
 import tempfile
 from collections.abc import Sequence
@@ -20,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from checkpoint_file import load_checkpoint, save_checkpoint
+from command_line import Parser, at_least_two, output_file, positive, seed
 from stac_optimizer import STAC
 
 BATCH_SIZE = 64
@@ -92,11 +93,11 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
         }
-        torch.save(checkpoint, path)
+        save_checkpoint(checkpoint, path)
 
     def load(self, path: Path) -> None:
         """Take up the training where the one that wrote ``path`` stopped."""
-        checkpoint = torch.load(path, weights_only=True)
+        checkpoint = load_checkpoint(path, ("epoch", "model", "optimizer", "scheduler"))
         self.epoch = checkpoint["epoch"]
         self.model.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -128,14 +129,17 @@ def train_with_interruption(data: DigitsData, checkpoint: Path, *, epochs: int, 
 
 def main(argv: Sequence[str] | None = None) -> DigitsResult:
     """Train, print the partition and both accuracies, and return what the run came to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=20, help="passes over the training images (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=3e-3, help="STAC's shared learning rate (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and batch order (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="where to leave the checkpoint (default: a temporary file)")
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--epochs",
+        type=at_least_two,
+        default=20,
+        help="passes over the training images, the interruption between two of them (default: %(default)s)",
+    )
+    parser.add_argument("--lr", type=positive, default=3e-3, help="STAC's shared learning rate (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="of weights and batch order (default: %(default)s)")
+    parser.add_argument("--out", type=output_file, help="where to leave the checkpoint (default: a temporary file)")
     options = parser.parse_args(argv)
-    if options.epochs < 2:
-        parser.error("--epochs must be at least 2, for the interruption comes between two of them")
 
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = options.out or Path(folder) / "digits.pt"

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from command_line import Parser
+
 __all__ = ["averaging", "main", "state", "vote"]
 
 WEIGHTS = {"125 M": 125e6, "1.5 B": 1.5e9, "7 B": 7e9}
@@ -77,8 +79,9 @@ def state_table() -> str:
     return table(header, rows)
 
 
-def main() -> str:
+def main(argv: Sequence[str] | None = None) -> str:
     """Print both tables, and return them."""
+    Parser(__doc__).parse_args(argv)
     tables = f"{wire_table()}\n\n{state_table()}"
     print(tables)
     return tables

@@ -10,7 +10,6 @@ gives other first weights and other batches. Run from the repository root:
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 from char_lm import Corpus, load_corpus, sample_batch, validation_loss
 from char_lm_setup import Settings, make_model, make_schedule, make_stac
-from command_line import at_least_one
+from command_line import Parser, at_least_one, seed, thread_count
 
 __all__ = ["REGIMES", "Outcome", "main"]
 
@@ -79,12 +78,12 @@ def train(regime: Regime, settings: Settings, corpus: Corpus) -> Outcome:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, list[Outcome]]:
     """Train every regime with every seed, print the table, and return the outcomes by regime."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="(default: 0)")
+    parser = Parser(__doc__)
+    parser.add_argument("--seeds", type=seed, nargs="+", default=[0], help="(default: 0)")
     parser.add_argument(
         "--steps", type=at_least_one, default=Settings().steps, help="of each run (default: %(default)s)"
     )
-    parser.add_argument("--threads", type=at_least_one, default=1, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--threads", type=thread_count, default=1, help="CPU threads (default: %(default)s)")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     corpus = load_corpus()

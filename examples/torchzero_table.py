@@ -1,6 +1,6 @@
 """Every module of torchzero in STAC's trunk: does it step, resume and copy as torchzero alone does, to the bit?
 
-    pip install "stac-optimizer[bench]" && python examples/torchzero_table.py [NAME ...]
+    python -m pip install -c constraints.txt -e ".[bench]" && python examples/torchzero_table.py [NAME ...]
 
 A module stands in a chain by itself, with an ``LR`` behind it where it moves with one, and gets a closure where it
 needs one. Takes half a minute.
@@ -14,9 +14,8 @@ import copy
 import inspect
 import io
 import random
-import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,6 +24,7 @@ import torch
 import torchzero as tz
 from torch import Tensor, nn
 
+from command_line import Parser
 from stac_optimizer import STAC
 
 m: Any = tz.m
@@ -151,14 +151,19 @@ def verdict(name: str) -> tuple[str, str]:
     return ("DIFFERS", f"{found[3]}; {', '.join(bad)}") if bad else ("guest", found[3])
 
 
-def main(names: list[str]) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    kinds = [name for name, kind in vars(m).items() if inspect.isclass(kind) and issubclass(kind, tz.core.Module)]
+    parser = Parser(__doc__)
+    parser.add_argument("names", nargs="*", metavar="MODULE", help="a class of torchzero.m (default: all)")
+    names = parser.parse_args(argv).names
+    if unknown := [name for name in names if name not in kinds]:
+        parser.error(f"torchzero.m has no module {unknown[0]!r}")
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     with contextlib.suppress(ImportError):  # state of PSGD's Kronecker modules
         from opt_einsum.contract import ContractExpression  # noqa: PLC0415
 
         torch.serialization.add_safe_globals([ContractExpression])
-    kinds = [name for name, kind in vars(m).items() if inspect.isclass(kind) and issubclass(kind, tz.core.Module)]
     counts: collections.Counter[str] = collections.Counter()
     for name in names or sorted(kinds):
         with contextlib.redirect_stdout(io.StringIO()):  # some modules print
@@ -169,4 +174,4 @@ def main(names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -12,7 +12,6 @@ Run from the repository root: ``python examples/toy_benchmark.py``.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
@@ -21,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from command_line import at_least_one, usable_device
+from command_line import Parser, at_least_one, usable_device
 from stac_optimizer import STAC
 
 PUBLISHED_SEEDS = 5
@@ -159,7 +158,7 @@ def measure(contestant: Contestant, path: str, *, seeds: int, steps: int, device
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Print the table row by row as it is measured, and return it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument(
         "--device", type=usable_device, default="cpu", help="where to train, for example cuda (default: %(default)s)"
     )

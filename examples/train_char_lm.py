@@ -10,6 +10,10 @@ for bit, where a single run would have ended.
 
     python examples/train_char_lm.py --stop-at 300 --save half.pt
     python examples/train_char_lm.py --resume half.pt
+
+Safe from being killed: this command begins the run, and given again goes on from the last checkpoint that it wrote.
+
+    python examples/train_char_lm.py --save run.pt --save-every 25 --resume
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from char_lm import CharTransformer, Corpus, load_corpus, now, sample_batch, validation_loss
-from char_lm_report import Summary, draw_curves, format_table
+from char_lm_report import Summary, draw_curves, format_table, picture_file
 from char_lm_setup import (
     Settings,
     add_settings,
@@ -39,8 +43,12 @@ from char_lm_setup import (
     make_stac,
     refuse_other_settings,
 )
-from command_line import at_least_one, usable_device
+from checkpoint_file import load_checkpoint, save_checkpoint
+from checkpoint_options import add_checkpoint_options, check_checkpoint_options, is_due
+from command_line import Parser, output_file, thread_count, usable_device
 from stac_optimizer import STAC
+
+CHECKPOINT_KEYS = ("settings", "corpus", "step", "generator", "contestants")
 
 
 class Contestant:
@@ -143,8 +151,7 @@ class Run:
             "generator": self.generator.get_state(),
             "contestants": {contestant.name: contestant.state_dict() for contestant in self.contestants},
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(checkpoint, path)
+        save_checkpoint(checkpoint, path)
 
     def load(self, checkpoint: dict[str, Any]) -> None:
         """Take up the run that ``save`` wrote.
@@ -160,24 +167,22 @@ class Run:
             contestant.load_state_dict(checkpoint["contestants"][contestant.name])
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """Return a parser with the options of one command and, unset unless given, one option per field of ``Settings``."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument(
         "--device", type=usable_device, default="cpu", help="where to train, for example cuda (default: %(default)s)"
     )
     parser.add_argument(
         "--threads",
-        type=at_least_one,
+        type=thread_count,
         default=1,
         help="CPU threads; on tensors this small a second one gains a third at best, and on a busy machine loses much "
         "(default: %(default)s)",
     )
-    parser.add_argument("--stop-at", type=int, help="stop after this step of the schedule (default: its end)")
-    parser.add_argument("--save", type=Path, metavar="PATH", help="write a checkpoint here at the end")
-    parser.add_argument("--resume", type=Path, metavar="PATH", help="continue from this checkpoint, under its settings")
+    add_checkpoint_options(parser, "file", output_file)
     parser.add_argument(
-        "--out", type=Path, metavar="PNG", default=Path("char_lm.png"), help="the curves (default: %(default)s)"
+        "--out", type=picture_file, metavar="PNG", default="char_lm.png", help="the curves (default: %(default)s)"
     )
     add_settings(parser)
     return parser
@@ -187,13 +192,13 @@ def open_run(options: argparse.Namespace) -> Run:
     """Return a new run, or the one that ``--resume`` names.
 
     Raises:
-        ValueError: a setting is out of range, or differs from the one the checkpoint was made with.
+        ValueError: a setting is out of range, or differs from the one the checkpoint was made with; there is none.
     """
     given = given_settings(options)
     device = torch.device(options.device)
     if options.resume is None:
         return Run(Settings(**given), load_corpus(), device)
-    checkpoint = torch.load(options.resume, map_location="cpu", weights_only=True)
+    checkpoint = load_checkpoint(options.resume, CHECKPOINT_KEYS)
     stored = checkpoint["settings"]
     refuse_other_settings(given, stored)
     run = Run(Settings(**stored), load_corpus(), device)
@@ -205,21 +210,24 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Summary]:
     """Train, print the split and the comparison, draw the curves; return the summaries by optimizer."""
     parser = make_parser()
     options = parser.parse_args(argv)
+    check_checkpoint_options(parser, options, Path.exists)
     torch.set_num_threads(options.threads)
     try:
         run = open_run(options)
-    except FileNotFoundError:
-        parser.error(f"there is no checkpoint {options.resume}")
     except ValueError as error:
         parser.error(str(error))
     stop = run.settings.steps if options.stop_at is None else min(options.stop_at, run.settings.steps)
 
+    if options.resume is not None:
+        print(f"resumed {options.resume} at step {run.step}")
     for contestant in run.contestants:
         if isinstance(contestant.optimizer, STAC):
             print(contestant.optimizer.partition)
     # disable=None: no bar where nobody watches, for example in a log file.
     for _ in tqdm(range(run.step, stop), unit="step", disable=None):
         run.train_step()
+        if is_due(options, run.step, stop):
+            run.save(options.save)
     if options.save is not None:
         run.save(options.save)
 

@@ -10,6 +10,9 @@ Go on with another number of processes, or under another strategy:
 
     torchrun --standalone --nproc-per-node 2 examples/train_distributed.py --stop-at 300 --save half
     torchrun --standalone --nproc-per-node 4 examples/train_distributed.py --resume half
+
+With ``--save run --save-every 25 --resume`` one command begins the run, and given again after a kill goes on from its
+last checkpoint.
 """
 
 from __future__ import annotations
@@ -34,8 +37,6 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -50,7 +51,9 @@ from char_lm_setup import (
     make_stac,
     refuse_other_settings,
 )
-from command_line import at_least_one, usable_device
+from checkpoint_folder import folder_to_load, load_folder, save_folder
+from checkpoint_options import add_checkpoint_options, check_checkpoint_options, is_due
+from command_line import Parser, check_torchrun, output_folder, thread_count, usable_device
 from distributed_report import Loopback, Report
 from stac_optimizer import STAC, MajorityVote
 
@@ -171,23 +174,23 @@ class Run:
             digest=self.digest(),
         )
 
-    def save(self, path: str) -> None:
+    def save(self, path: Path) -> None:
         """Write, all ranks together, all that the rest of the run depends on."""
         if self.optimizer.param_groups[0]["vote"] is not None:
             # Each rank has averages of its own, which serve only as many ranks; their mean serves any number.
             self.optimizer.average_trunk_state()
         self.optimizer.zero_grad()
-        save(header(self.settings, self.corpus, self.step, self.generator) | self.body(), checkpoint_id=path)
+        save_folder(header(self.settings, self.corpus, self.step, self.generator) | self.body(), path)
 
     def body(self) -> dict[str, Any]:
         """Return weights, optimizer and schedule, as any strategy and number of ranks can take them up."""
         model, optimizer = get_state_dict(self.distributed, self.optimizer)
         return {"model": model, "optimizer": optimizer, "schedule": self.schedule.state_dict()}
 
-    def load(self, path: str, step: int, generator: Tensor) -> None:
+    def load(self, folder: Path, step: int, generator: Tensor) -> None:
         """Take up, all ranks together, what ``save`` wrote."""
         body = self.body()
-        load(body, checkpoint_id=path)
+        load_folder(body, folder)
         set_state_dict(
             self.distributed, self.optimizer, model_state_dict=body["model"], optim_state_dict=body["optimizer"]
         )
@@ -217,21 +220,22 @@ def open_run(options: argparse.Namespace) -> Run:
     corpus = load_corpus()
     if options.resume is None:
         return Run(options, Settings(**given), corpus)
-    if not Path(options.resume, ".metadata").exists():
+    folder = folder_to_load(options.resume)
+    if folder is None:
         raise ValueError(f"there is no checkpoint in {options.resume}")
     stored = header(Settings(), corpus, 0, torch.Generator())
-    load(stored, checkpoint_id=options.resume)
+    load_folder(stored, folder)
     refuse_other_settings(given, stored["settings"])
     if stored["corpus"] != corpus.digest:
         raise ValueError("the checkpoint was trained on another text: resume it with the Python that wrote it")
     run = Run(options, Settings(**stored["settings"]), corpus)
-    run.load(options.resume, stored["step"], stored["generator"])
+    run.load(folder, stored["step"], stored["generator"])
     return run
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """Return a parser with the options of one command and those of ``Settings``."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--strategy", choices=STRATEGIES, default="ddp", help="(default: %(default)s)")
     parser.add_argument(
         "--encoding", choices=("ternary", "binary", "int8"), default="ternary", help="of votes (default: %(default)s)"
@@ -240,11 +244,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--device", type=usable_device, choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)"
     )
     parser.add_argument(
-        "--threads", type=at_least_one, default=1, help="CPU threads of each process (default: %(default)s)"
+        "--threads", type=thread_count, default=1, help="CPU threads of each process (default: %(default)s)"
     )
-    parser.add_argument("--stop-at", type=int, help="stop after this step of the schedule (default: its end)")
-    parser.add_argument("--save", metavar="PATH", help="write a checkpoint into this folder at the end")
-    parser.add_argument("--resume", metavar="PATH", help="continue from this checkpoint, under its settings")
+    add_checkpoint_options(parser, "folder", output_folder)
     add_settings(parser)
     return parser
 
@@ -253,6 +255,7 @@ def train(argv: Sequence[str] | None = None) -> Report:
     """Train as one rank of the process group there is; the first rank prints."""
     parser = make_parser()
     options = parser.parse_args(argv)
+    check_checkpoint_options(parser, options, folder_to_load)
     torch.set_num_threads(options.threads)
     try:
         run = open_run(options)
@@ -262,9 +265,11 @@ def train(argv: Sequence[str] | None = None) -> Report:
     if resumed_digest is not None:
         say(f"resumed at step {run.step} on {run.size} processes, weights {resumed_digest}")
     stop = run.settings.steps if options.stop_at is None else min(options.stop_at, run.settings.steps)
-    every = run.settings.validate_every
+    every = [run.settings.validate_every, options.save_every or run.settings.validate_every]
     while run.step < stop:
-        run.train_until(min(stop, run.step - run.step % every + every))
+        run.train_until(min(stop, *(run.step - run.step % steps + steps for steps in every)))
+        if is_due(options, run.step, stop):
+            run.save(options.save)
     if options.save is not None:
         run.save(options.save)
     report = run.report(resumed_digest)
@@ -276,8 +281,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Join the process group that torchrun describes, train, and leave."""
     parser = make_parser()
     device = parser.parse_args(argv).device
-    if "RANK" not in os.environ:
-        parser.error("start it with torchrun, for it runs on several processes")
+    check_torchrun(parser)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo")

@@ -22,6 +22,7 @@ __all__ = ["run_ranks"]
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.ranks_imports"])
+LEAVE_TIMEOUT = 10.0  # seconds that a rank gets to end once it has reported
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, timeout: float = 60.0) -> list[Any]:
@@ -53,6 +54,10 @@ def run_ranks(function: Callable[..., Any], world_size: int, *arguments: Any, ti
             processes.append(process)
         try:
             outcomes = _collect(receivers, timeout)
+            for process, receiver in zip(processes, receivers, strict=True):
+                if receiver.closed:
+                    # A rank that is killed while it writes its coverage leaves half a file.
+                    process.join(LEAVE_TIMEOUT)
         finally:
             for process in processes:
                 process.kill()
@@ -76,6 +81,7 @@ def _collect(receivers: list[Connection], timeout: float) -> list[tuple[Any, str
                 outcomes[rank] = pickle.loads(ready.recv_bytes())
             except EOFError:
                 outcomes[rank] = (None, "died without a word")
+            ready.close()
     return outcomes
 
 

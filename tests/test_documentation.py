@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 import importlib
 import inspect
@@ -16,6 +17,8 @@ import torch
 
 import stac_optimizer
 from stac_optimizer import STAC
+from tests.runs import stepped
+from tests.support import assert_same_bits, set_gradients
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 MODULES = ["stac_optimizer", *(m.name for m in pkgutil.walk_packages(stac_optimizer.__path__, "stac_optimizer."))]
@@ -43,6 +46,31 @@ def test_readme_muon_leaves_all_but_matrices_to_the_cap() -> None:
     for code in (*blocks("python"), muon):
         exec(compile(code, "README.md", "exec"), namespace)
     assert namespace["optimizer"].partition.moved == ("0.bias", "1.weight", "1.bias")
+
+
+def test_readme_way_back_goes_on_as_adamw() -> None:
+    """The cap goes on to the bit, the trunk begins anew. All of the state dict, which AdamW takes, bears no step."""
+    (code,) = (code for code in blocks("python") if "# and back" in code)
+    model, optimizer = stepped(weight_decay=1e-2, cap_lr=1e-3)
+    namespace: dict[str, Any] = {"torch": torch, "copy": copy, "model": copy.deepcopy(model), "optimizer": None}
+    namespace["optimizer"] = STAC(namespace["model"], weight_decay=1e-2, cap_lr=1e-3)
+    namespace["optimizer"].load_state_dict(optimizer.state_dict())
+    exec(compile(code[code.rindex("adamw = ") :], "README.md", "exec"), namespace)
+    runs = (model, optimizer), (namespace["model"], namespace["adamw"])
+    for seed in range(3):
+        for each, stepping in runs:
+            set_gradients(each, seed)
+            stepping.step()
+    names = {name for name, _ in model.named_parameters() if name.startswith("3.")}
+    assert {id(model.get_parameter(name)) for name in names} == set(map(id, optimizer.partition.cap_parameters))
+    for name in names:
+        assert_same_bits(namespace["model"].get_parameter(name), model.get_parameter(name))
+
+    groups = [{"params": group["params"]} for group in optimizer.param_groups]
+    adamw = torch.optim.AdamW(groups)
+    adamw.load_state_dict(optimizer.state_dict())
+    with pytest.raises(KeyError, match="exp_avg_sq"):
+        adamw.step()
 
 
 def test_readme_has_no_placeholder() -> None:

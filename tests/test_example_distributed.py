@@ -28,9 +28,13 @@ EVERY = ["--validate-every", "2"]
 runs_fsdp2 = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 of this torch needs CUDA")
 
 
-def train_here(arguments: list[str]) -> Report:
-    # Of torch 2.6: of random numbers on shards, which nothing here draws, and of its own way to write a file.
+def quieten() -> None:
+    """Pass over warnings of torch 2.6: of random numbers on shards, of which there are none, and of its own files."""
     warnings.filterwarnings("ignore", "(DTensor random operators|TypedStorage is deprecated)", UserWarning)
+
+
+def train_here(arguments: list[str]) -> Report:
+    quieten()
     return train_distributed.train(arguments)
 
 
@@ -72,7 +76,7 @@ def test_one_command_runs_it(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert re.search(r"^step +6: training loss \d\.\d+, validation loss \d\.\d+$", done.stdout, flags=re.MULTILINE)
     assert "vote, binary, on 2 processes: 6 steps" in done.stdout
-    assert (tmp_path / "saved" / ".metadata").exists()
+    assert (tmp_path / "saved" / "checkpoint" / ".metadata").exists()
 
 
 def run_readme(code: str) -> list[bytes]:
@@ -93,7 +97,7 @@ def test_readme_example_of_many_processes_leaves_ranks_alike() -> None:
 
 
 def test_costs_on_paper_are_those_that_are_written_down(capsys: pytest.CaptureFixture[str]) -> None:
-    for table in distributed_costs.main().split("\n\n"):
+    for table in distributed_costs.main([]).split("\n\n"):
         assert f"\n\n{table}\n\n" in MEASURED
     assert "7 B | 1,024" in capsys.readouterr().out
 

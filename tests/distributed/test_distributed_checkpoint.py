@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -195,6 +196,49 @@ def test_files_with_a_parameter_that_never_had_a_gradient_resume_bit_identically
     planner = DefaultLoadPlanner(allow_partial_load=True)
     _through_files(source, target, StateDictOptions(), tmp_path, planner=planner)
     _assert_equal_weights_after(source, target)
+
+
+def _made(make: Any, steps: int, absent: Iterable[str] = ()) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """As :func:`_run`, of torch's AdamW too."""
+    model = small_model()
+    optimizer = make(model if make is STAC else model.parameters(), lr=1e-2)
+    for number in range(steps):
+        set_gradients(model, number, skip=absent)
+        optimizer.step()
+    optimizer.zero_grad()
+    return model, optimizer
+
+
+@quiet_files
+@pytest.mark.parametrize("make", [torch.optim.AdamW, STAC])
+def test_files_that_lack_a_key_load_in_part_alone(make: Any, tmp_path: Path) -> None:
+    """Torch's own: the averages of a parameter without gradients are in no file, and a fresh optimizer has them."""
+    model, optimizer = _made(make, 1, ABSENT)
+    save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=tmp_path)
+    loaded: dict[str, Any] = {"optimizer": get_optimizer_state_dict(*_made(make, 0))}
+    with pytest.raises(CheckpointException, match=r"Missing key in .*: optimizer\.state\.0\.weight"):
+        load(loaded, checkpoint_id=tmp_path)
+    load(loaded, checkpoint_id=tmp_path, planner=DefaultLoadPlanner(allow_partial_load=True))
+    target = _made(make, 0)
+    set_optimizer_state_dict(*target, loaded["optimizer"])
+    for name in {name for name, _ in model.named_parameters()} - {*ABSENT}:
+        assert_same_bits(target[1].state[target[0].get_parameter(name)], optimizer.state[model.get_parameter(name)])
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, STAC])
+def test_state_of_what_is_frozen_is_loaded_before_it_is_frozen(make: Any) -> None:
+    """Torch's own: of a parameter that is frozen when a state dict is loaded, it drops the state."""
+    saved: dict[str, Any] = dict(get_optimizer_state_dict(*_made(make, 2)))
+    held: dict[bool, dict[str, Any]] = {}
+    for is_frozen_first in (True, False):
+        model, optimizer = _made(make, 0)
+        model.get_parameter("0.weight").requires_grad_(not is_frozen_first)
+        set_optimizer_state_dict(model, optimizer, copy.deepcopy(saved))
+        model.get_parameter("0.weight").requires_grad_(False)
+        held[is_frozen_first] = {name: optimizer.state.get(param, {}) for name, param in model.named_parameters()}
+    assert held[True].pop("0.weight") == {}
+    assert_same_bits(held[False].pop("0.weight"), saved["state"]["0.weight"])
+    assert_same_bits(held[True], held[False])
 
 
 @pytest.fixture
