@@ -162,7 +162,8 @@ def test_flag_that_a_checkpoint_brings_is_refused_in_backward(flag: str) -> None
 
 def test_gradient_that_another_release_has_freed_is_refused() -> None:
     (model, optimizer), _ = twins()
-    with STAC(model).release_gradients(model), optimizer.release_gradients(model):
+    other = STAC(model)
+    with other.release_gradients(model), optimizer.release_gradients(model):
         with pytest.raises(RuntimeError, match=r"the gradient of '3.bias' is gone .* another optimizer"):
             seeded_loss(model, 0).backward()
         assert not optimizer.state

@@ -137,7 +137,7 @@ def joined() -> str:
     optimizer = STAC(ddp, vote=MajorityVote())
     with Join([ddp]):
         message = message_of(RuntimeError, seeded_loss(ddp, 0).backward)
-        assert message_of(RuntimeError, optimizer.step) == message
+        assert message_of(RuntimeError, optimizer.step).startswith(message)
         return message
 
 

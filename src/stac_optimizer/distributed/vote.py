@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from stac_optimizer.distributed.ballots import Ballot, PackedBallot, SummedBallot
 from stac_optimizer.distributed.shards import is_sharded
@@ -57,6 +58,8 @@ class MajorityVote:
     - ``STAC(ddp, vote=MajorityVote())`` with a DistributedDataParallel model puts a communication hook on it, which
       averages the cap's gradients alone; a model has one hook at most, and it must come before the first backward.
       (Given ``ddp.module``, STAC cannot do so: DistributedDataParallel then averages all, and all vote alike.)
+      Once the optimizer is gone, the hook averages all. While it lives, another that steps on what was left to votes
+      raises.
     - With a plain module, the same weights on every rank, STAC averages the cap's gradients in ``step``, in place. It
       does so too after a backward under ``no_sync``.
     - With FSDP2, give ``fully_shard`` the trunk's parameters as ``ignored_params``, which torch 2.6 does not know yet;
@@ -108,6 +111,8 @@ class Voters:
         self._wrapped = wrapped
         self._averaged: set[int] = set()
         self._voted: set[int] = set()
+        # What a hook has left to the votes of the next step.
+        self._left: set[int] = set()
 
     @classmethod
     def of(cls, vote: MajorityVote, params: object) -> Voters:
@@ -155,9 +160,18 @@ class Voters:
             if alive is not None and not module.require_backward_grad_sync:
                 alive._averaged.clear()  # what a backward under no_sync adds is of one rank alone
 
+        def check(other: Optimizer, *_: object) -> None:
+            alive = voters()
+            problem = None if alive is None else alive._problem_of_step(other)
+            del alive  # which a traceback would keep alive
+            if problem is not None:
+                raise RuntimeError(problem)
+
         for ddp in self._wrapped:
             ddp.register_comm_hook(self.group, average)
             ddp.register_forward_pre_hook(forget)
+        if self._wrapped:
+            weakref.finalize(self, register_optimizer_step_post_hook(check).remove)
 
     def keep(self, voted: Iterable[Tensor]) -> None:
         """Take parameters to those that are voted on."""
@@ -173,6 +187,7 @@ class Voters:
             )
         held = zip(map(id, bucket.parameters()), bucket.gradients(), strict=True)
         rest = {param: grad for param, grad in held if param not in self._voted}
+        self._left.update(id(param) for param in bucket.parameters() if id(param) not in rest)
         if not rest:
             done: torch.futures.Future[Tensor] = torch.futures.Future()
             done.set_result(buffer)
@@ -186,6 +201,23 @@ class Voters:
             return buffer
 
         return work.get_future().then(finish)
+
+    def _problem_of_step(self, other: Optimizer) -> str | None:
+        """What is wrong where another optimizer has stepped on gradients that were left to the votes.
+
+        Once the one that votes has stepped, alone or within a wrapper, none are left.
+        """
+        theirs = getattr(other, "_voters", None)
+        left = self._left - theirs._voted if isinstance(theirs, Voters) else self._left
+        params = (param for group in other.param_groups for param in group["params"]) if left else ()
+        if not any(id(param) in left and param.grad is not None for param in params):
+            return None
+        return (
+            f"{type(other).__name__} has stepped on gradients that DistributedDataParallel has not averaged, and ranks "
+            "have different weights and averages now: they were left to the votes of an optimizer that lives on, as "
+            "where a scheduler holds it. Drop all references to that optimizer, go back to the weights from before "
+            "this step, and build the other one anew"
+        )
 
     def refuse_join(self) -> None:
         """Raise where ranks may end before others: a vote would wait for them for ever."""
@@ -204,6 +236,7 @@ class Voters:
         for some in by_kind.values():
             self.average_(some)
         self._averaged.clear()
+        self._left.clear()
 
     def average_(self, tensors: Sequence[Tensor]) -> None:
         """Average tensors of one device and dtype over ranks, in place, by one all-reduce."""

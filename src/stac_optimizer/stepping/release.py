@@ -5,11 +5,13 @@ Knows when to update and what to refuse; the update itself is the optimizer's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor, distributed, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from stac_optimizer.distributed.shards import is_sharded
@@ -34,8 +36,13 @@ class Releasable(Protocol):
         """Update what has a gradient in these groups, or raise before any of it has changed."""
 
 
+# Note [Whose hooks]
+# Parameters hold the hooks, and outlive the optimizer. So hooks and release know it weakly, and it holds the release:
+# there is no cycle, and with the last reference to the optimizer its hooks are gone.
 class GradientRelease:
     """The time in which an optimizer updates during backward: until :meth:`remove`, or the end of a ``with``.
+
+    It ends with the optimizer too, which this handle does not keep alive.
 
     Each parameter is updated once its whole gradient of this backward is accumulated, and the gradient is freed, so
     ``.grad`` of at most one parameter is alive at a time. Weights and state are those of the ordinary loop to the bit.
@@ -51,8 +58,12 @@ class GradientRelease:
       nothing. Gradient accumulation, a GradScaler, closures and ``error_if_nonfinite`` are refused. To change one
       gradient by itself, register a hook of your own on its parameter before the release.
     - Where a gradient comes too early, before ranks have averaged it, the release is refused.
+    - Another optimizer over the same parameters finds no gradients; where it steps in the place of this one, it raises.
     - A backward that raises half-way leaves the parameters that it had reached updated.
-    - What reads a weight in backward behind autograd's back, through ``weight.data``, may read the new one.
+    - A weight that is used in several reentrant checkpoints is refused, for each is a backward of its own; give
+      ``torch.utils.checkpoint`` ``use_reentrant=False``.
+    - A weight that the backward under way still needs, as a constant beside its own gradient, is autograd's error. What
+      reads it behind autograd's back, through ``weight.data``, may read the new one.
 
     Args:
         optimizer: whose parameters are to be updated.
@@ -68,13 +79,22 @@ class GradientRelease:
 
     def __init__(self, optimizer: Releasable, rules: Mapping[str, Rule], model: nn.Module) -> None:
         _refuse_model(optimizer, rules, model)
-        self._optimizer, self._rules = optimizer, rules
+        self._optimizer, self._rules = weakref.ref(optimizer), rules
         self._updated: set[Tensor] = set()
         indexed = [(param, index) for index, group in enumerate(optimizer.param_groups) for param in group["params"]]
-        self._handles = [self._hooked(param, index, position) for position, (param, index) in enumerate(indexed)]
+        handles = [
+            _hooked(param, partial(_apply, self._optimizer, index, position))
+            for position, (param, index) in enumerate(indexed)
+        ]
+        handles.append(register_optimizer_step_post_hook(partial(_check_other, self._optimizer)))
+        self._end = weakref.finalize(optimizer, _remove, handles)
         optimizer._release = self
 
     def __enter__(self) -> GradientRelease:
+        if self._optimizer() is None:
+            raise RuntimeError(
+                "the optimizer of this release is gone, and the release with it; keep the optimizer in a variable"
+            )
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -82,19 +102,19 @@ class GradientRelease:
 
     def remove(self) -> None:
         """Go back to the ordinary loop. To do so again changes nothing."""
-        for handle in self._handles:
-            handle.remove()
-        if self._optimizer._release is self:
-            self._optimizer._release = None
+        self._end()
+        optimizer = self._optimizer()
+        if optimizer is not None and optimizer._release is self:
+            optimizer._release = None
 
-    def end_iteration(self, closure: object) -> None:
+    def end_iteration(self, optimizer: Releasable, closure: object) -> None:
         """What the optimizer's step asks first.
 
         Raises:
             RuntimeError: what asks for this step expects it to do what backward has done already.
         """
         # What a GradScaler hands over; it takes these away only after a step that succeeds.
-        handed_over = vars(self._optimizer)
+        handed_over = vars(optimizer)
         if handed_over.pop("found_inf", None) is not None:
             handed_over.pop("grad_scale", None)
             raise RuntimeError(
@@ -110,47 +130,90 @@ class GradientRelease:
         _refuse_ranks()  # they may have come after the release
         for param in self._updated:
             if param.grad is not None:
-                self._refuse_second(param)
+                _refuse_second(optimizer, param)
         self._updated.clear()
 
-    def _hooked(self, param: Tensor, index: int, position: int) -> RemovableHandle:
-        trains = param.requires_grad
-        # torch puts hooks only on what requires grad, and what is frozen now may thaw while they are there.
-        param.requires_grad_(True)
-        handle: RemovableHandle = param.register_post_accumulate_grad_hook(partial(self._apply, index, position))
-        param.requires_grad_(trains)
-        return handle
+    def problem_of_step(self, optimizer: Releasable, other: Optimizer) -> str | None:
+        """What is wrong where another optimizer has stepped in the place of this one.
 
-    def _apply(self, index: int, position: int, param: Tensor) -> None:
-        """The hook: update one parameter.
+        Once this one has stepped, alone or within a wrapper, nothing is left of the iteration.
+        """
+        params = (param for group in other.param_groups for param in group["params"]) if self._updated else ()
+        missed = next((param for param in params if param in self._updated and param.grad is None), None)
+        if missed is None:
+            return None
+        return (
+            f"{type(other).__name__} has found no gradient of {_name(optimizer, missed)}: backward has applied it for "
+            f"{type(optimizer).__name__}, which releases gradients, and freed it. Before another optimizer trains the "
+            "same parameters, call remove() on what release_gradients returned, or drop all references to that "
+            "optimizer, also a scheduler's"
+        )
+
+    def apply(self, optimizer: Releasable, index: int, position: int, param: Tensor) -> None:
+        """Update one parameter, whose gradient is there.
 
         Args:
+            optimizer: the release's.
             index: of its group, which load_state_dict replaces by another dict.
             position: its place among all parameters.
             param: the parameter.
         """
-        group = self._optimizer.param_groups[index]
+        group = optimizer.param_groups[index]
         _refuse_group(group, self._rules)  # a checkpoint may have brought another flag
         if param.grad is None:
             raise RuntimeError(
-                f"the gradient of {self._name(param)} is gone before it could be applied: another hook, perhaps the "
-                "release of another optimizer, has freed it. Remove that one first"
+                f"the gradient of {_name(optimizer, param)} is gone before it could be applied: another hook, perhaps "
+                "the release of another optimizer, has freed it. Remove that one first"
             )
         if param in self._updated:
-            self._refuse_second(param)
-        self._optimizer._update([{**group, "params": [param]}], position)
+            _refuse_second(optimizer, param)
+        optimizer._update([{**group, "params": [param]}], position)
         self._updated.add(param)
         param.grad = None
 
-    def _refuse_second(self, param: Tensor) -> None:
-        raise RuntimeError(
-            f"{self._name(param)} has a second gradient since the last step(), and the first is applied and gone: "
-            "released gradients cannot be accumulated. Call step() after each backward (zero_grad() drops what is left "
-            f"now); to accumulate over several, {ORDINARY_LOOP}"
-        )
 
-    def _name(self, param: Tensor) -> str:
-        return repr(name_of(self._optimizer.param_groups, param))
+def _hooked(param: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    trains = param.requires_grad
+    # torch puts hooks only on what requires grad, and what is frozen now may thaw while they are there.
+    param.requires_grad_(True)
+    handle: RemovableHandle = param.register_post_accumulate_grad_hook(hook)
+    param.requires_grad_(trains)
+    return handle
+
+
+def _apply(owner: weakref.ref[Releasable], index: int, position: int, param: Tensor) -> None:
+    """The hook of a parameter."""
+    optimizer = owner()
+    if optimizer is not None and optimizer._release is not None:
+        optimizer._release.apply(optimizer, index, position, param)
+
+
+def _check_other(owner: weakref.ref[Releasable], other: Optimizer, *_: object) -> None:
+    """The hook of every optimizer's step."""
+    optimizer = owner()
+    release = None if optimizer is None else optimizer._release
+    problem = None if optimizer is None or release is None else release.problem_of_step(optimizer, other)
+    del optimizer, release  # which a traceback would keep alive
+    if problem is not None:
+        raise RuntimeError(problem)
+
+
+def _remove(handles: Iterable[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+def _refuse_second(optimizer: Releasable, param: Tensor) -> None:
+    raise RuntimeError(
+        f"{_name(optimizer, param)} has a second gradient since the last step(), and the first is applied and gone: "
+        "released gradients cannot be accumulated. Call step() after each backward (zero_grad() drops what is left "
+        f"now); to accumulate over several, {ORDINARY_LOOP}. Each reentrant torch.utils.checkpoint is a backward of "
+        "its own: pass use_reentrant=False"
+    )
+
+
+def _name(optimizer: Releasable, param: Tensor) -> str:
+    return repr(name_of(optimizer.param_groups, param))
 
 
 def _refuse_model(optimizer: Releasable, rules: Mapping[str, Rule], model: nn.Module) -> None:

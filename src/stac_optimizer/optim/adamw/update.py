@@ -102,7 +102,8 @@ def call_adamw(work: AdamWUpdate, *, fused: bool | None = None, foreach: bool | 
         amsgrad=group["amsgrad"],
         beta1=beta1,
         beta2=beta2,
-        lr=lr.reshape(()) if isinstance(lr, Tensor) else lr,
+        # In bfloat16 1 - lr * weight_decay would be 1.
+        lr=lr.reshape(()).to(torch.promote_types(lr.dtype, torch.float32)) if isinstance(lr, Tensor) else lr,
         weight_decay=group["weight_decay"],
         eps=group["eps"],
         maximize=group["maximize"],
