@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar, overload
 
 import torch
@@ -16,13 +17,23 @@ from stac_optimizer.groups.given import RoleGroup, given_groups, settle_names
 from stac_optimizer.groups.keys import check_parameters, defaults_of, unshare_lr
 from stac_optimizer.model.names import named_parameters
 from stac_optimizer.rule import COUNTER, Group, Rule, StepInputs
+from stac_optimizer.rule.contract import DTYPES
+from stac_optimizer.stepping.ambient import check_writable, neutral
 from stac_optimizer.stepping.checks import check_capture, check_scaler, check_step, only_makes_state
-from stac_optimizer.stepping.gathering import Declared, states_of_kind, with_state
+from stac_optimizer.stepping.copies import step_by_copies, try_kinds
+from stac_optimizer.stepping.failures import Attempt
+from stac_optimizer.stepping.gathering import Declared, resolved, states_of_kind, with_state
 from stac_optimizer.stepping.release import GradientRelease
 from stac_optimizer.stepping.voting import check_on_all_ranks, share_gradients_
 from stac_optimizer.validation import mapping, warn
 
 __all__ = ["RuleOptimizer"]
+
+# Note [Unseen writes]
+# A backward that still needs the weights from before a step must raise, and not compute with the new ones. Operations
+# of torch count what they write to, and autograd compares. Kernels that get addresses do not count, torch's fused ones
+# do not, a DTensor does not see what is written to its local part, nor anyone what a foreign optimizer writes to
+# ``param.data``. So each step counts once more, but for a recorded one, whose own backward needs the counts it saw.
 
 # By the third step without any gradient ever something is wrong.
 IDLE_STEPS = 3
@@ -66,8 +77,9 @@ class RuleOptimizer(Optimizer):
         """Warn of what rules find in their groups."""
         for group in self.param_groups:
             rule = self._rules[group["rule"]]
-            names = [name for name, _, _ in named_parameters([group])]
-            warning = rule.warning(names, group["params"], group)
+            # Beside what trains there may be frozen weights that nothing is computed with, such as quantized ones.
+            named = [(name, param) for name, param, _ in named_parameters([group]) if param.dtype in DTYPES]
+            warning = rule.warning([name for name, _ in named], [param for _, param in named], group)
             if warning is not None:
                 warn(f"{group.get('stac_role', rule.name)}: {warning}")
 
@@ -76,6 +88,8 @@ class RuleOptimizer(Optimizer):
         self._rules = rules
         # By the position of a group's first parameter.
         self._declared: dict[int, tuple[object, list[Declared | None]]] = {}
+        self._made: list[tuple[Tensor, str]] = []
+        self._tried: set[object] = set()
         self._is_building = True
         # A schedule that fills a group's lr in place must not change what later groups begin with.
         super().__init__(groups, {key: v.clone() if isinstance(v, Tensor) else v for key, v in defaults.items()})
@@ -155,6 +169,7 @@ class RuleOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._declared = {}
+        self._made, self._tried = [], set()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; what it does not say it gets from the arguments at construction.
@@ -197,16 +212,18 @@ class RuleOptimizer(Optimizer):
 
         Raises:
             RuntimeError: a gradient that cannot be applied. Parameters and state are as before.
+            BaseException: whatever else ends a step on its way, as memory that runs out. It keeps its type, and its
+                message says that nothing was changed, or which parameters were.
         """
         if self._release is not None:
-            self._release.end_iteration(closure)
+            self._release.end_iteration(self, closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         try:
             self._update(self.param_groups)
-        except Exception:
+        except BaseException:
             # A GradScaler takes these away after a step that succeeds, and would multiply its scale by one left here.
             for name in ("grad_scale", "found_inf"):
                 vars(self).pop(name, None)
@@ -221,27 +238,48 @@ class RuleOptimizer(Optimizer):
             position: in backward that parameter's place among all.
         """
         check_capture(groups)
+        check_writable(groups, self.param_groups)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         is_scaled = found_inf is not None
         check_scaler(is_scaled=is_scaled, votes=self._voters is not None)
-        if found_inf is not None:
-            if all(self._rules[group["rule"]].skips_by_itself(group, self.state) for group in groups):
-                found_inf = (found_inf != 0).to(torch.float32)  # as a sum over devices it may be more than 1
-            elif found_inf.item():
-                return
-            else:
-                found_inf = None
-        makes_state = self._check(groups, is_first=position is None and not self.state, is_scaled=is_scaled)
-        if position is not None:
-            self._had_gradient = True
-        elif not (makes_state or torch.compiler.is_compiling()):
-            self._watch(groups)
-        gathered = self._gather(groups, position or 0, found_inf)
-        self._step_guests(makes_state=makes_state)
-        for inputs in gathered:
+        attempt = Attempt(self, groups, self._rules, self._made, position)
+        # torch.compile goes on after a graph that ends within a context only where it knows that.
+        with nullcontext() if torch.compiler.is_compiling() else attempt:
+            context = neutral(groups)
+            with context:
+                if found_inf is not None:
+                    if all(self._rules[group["rule"]].skips_by_itself(group, self.state) for group in groups):
+                        found_inf = (found_inf != 0).to(torch.float32)  # as a sum over devices it may be more than 1
+                    elif found_inf.item():
+                        return
+                    else:
+                        found_inf = None
+                makes_state = self._check(groups, is_first=position is None and not self.state, is_scaled=is_scaled)
+                if position is not None:
+                    self._had_gradient = True
+                elif not (makes_state or torch.compiler.is_compiling()):
+                    self._watch(groups)
+                gathered = self._gather(groups, position or 0, found_inf)
+                if not makes_state:
+                    try_kinds(gathered, self._rules, self._tried, self.param_groups)
+            attempt.begin_guests()
+            self._step_guests(makes_state=makes_state)
             if not makes_state:
-                with torch.set_grad_enabled(inputs.group["differentiable"]):
-                    self._rules[inputs.group["rule"]].step(inputs)
+                self._count_writes_of_guests(groups)
+            attempt.end_guests()
+            with context:
+                for inputs in gathered:
+                    if not makes_state:
+                        attempt.begin(inputs)
+                        with torch.set_grad_enabled(inputs.group["differentiable"]):
+                            step_by_copies(self._rules[inputs.group["rule"]].step, inputs)
+                        if not inputs.group["differentiable"]:
+                            torch.autograd.graph.increment_version(inputs.params)  # Note [Unseen writes]
+
+    def _count_writes_of_guests(self, groups: Sequence[Group]) -> None:
+        for group in groups:
+            if self._rules[group["rule"]].is_guest and not group.get("differentiable"):
+                torch.autograd.graph.increment_version([param for param in group["params"] if param.grad is not None])
 
     def _step_guests(self, *, makes_state: bool) -> None:
         """Let foreign optimizers step, before rules: what they refuse at their start leaves all as it was."""
@@ -280,6 +318,7 @@ class RuleOptimizer(Optimizer):
             keys = self._rules[group["rule"]].state_keys
             states: list[list[Tensor]] = [[] for _ in keys]
             self._init_group(group, start, positions, kinds, params, grads, *states)
+            grads = resolved(grads) if group["fused"] else grads
             start += len(group["params"])
             for kind in sorted(set(kinds)):
                 held = states_of_kind(keys, states, kinds, kind)
@@ -322,10 +361,11 @@ class RuleOptimizer(Optimizer):
                 # The counter alone: strict loading of distributed checkpoints wants state of every parameter.
                 if COUNTER.key not in state:
                     state[COUNTER.key] = COUNTER.create(param, group)
+                    self._made.append((param, COUNTER.key))
                 continue
             known = declared[index]
             if known is None or known.param is not param or known.last not in state:
-                known = declared[index] = with_state(rule, param, group, state)
+                known = declared[index] = with_state(rule, param, group, state, self._made)
             for place, key in known.keys:
                 states[place].append(state[key])
             positions.append(start + index)
@@ -368,7 +408,8 @@ class RuleOptimizer(Optimizer):
         state: dict[Tensor, dict[str, Any]] = {}
 
         def check(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:
-            groups, loaded = loading.prepare(incoming, self.param_groups, self._rules)
+            with neutral(self.param_groups):
+                groups, loaded = loading.prepare(incoming, self.param_groups, self._rules)
             load = self._checked_load(incoming, loaded)
             state.update(loaded)
             load()
@@ -376,6 +417,7 @@ class RuleOptimizer(Optimizer):
 
         def fill(_: Optimizer) -> None:
             self.state.update(state)
+            unshare_lr(self.param_groups)
 
         # As hooks, to stand after the user's own pre-hooks and before the post-hooks. torch itself gets no state, for
         # it would cast that to the parameters' dtype.

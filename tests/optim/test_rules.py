@@ -252,7 +252,7 @@ def test_state_has_declared_keys_shapes_dtypes_and_layouts() -> None:
     [
         pytest.param({}, 0.0, id="signum"),
         pytest.param({"trunk_cautious": True}, 0.0, id="signum-cautious"),
-        pytest.param({"role": "cap"}, 1e-5, id="adamw"),
+        pytest.param({"role": "cap", "eps": 0.0}, 1e-5, id="adamw"),
         pytest.param({"trunk_optimizer": Lion}, 0.0, id="lion"),
         pytest.param({"trunk_optimizer": partial(Lion, cautious=True)}, 0.0, id="lion-cautious"),
     ],
@@ -266,7 +266,7 @@ def test_differentiable_step_gives_gradients_of_lr_weight_and_what_its_gradient_
     weight = leaf.clone()
     given = dict(arguments)
     groups = [{"params": [("w", weight)], "stac_role": given.pop("role", "trunk")}]
-    optimizer = STAC(groups, lr=lr, weight_decay=0.5, eps=0.0, differentiable=True, **given)
+    optimizer = STAC(groups, lr=lr, weight_decay=0.5, differentiable=True, **given)
     source = torch.ones(1, dtype=torch.float64, requires_grad=True)
     weight.grad = 3 * source
     optimizer.step()

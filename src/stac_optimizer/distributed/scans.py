@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stac_optimizer.distributed.shards import local_views, real_parts, sum_over_ranks
+from stac_optimizer.tensors.kinds import has_data
 from stac_optimizer.tensors.precision import arithmetic_dtype
 
 __all__ = ["are_zero", "first_nonfinite"]
@@ -34,7 +35,8 @@ def first_nonfinite(grads: Sequence[Tensor | None], params: Sequence[Tensor], *,
 
 
 def _are_finite(tensors: Sequence[Tensor]) -> bool:
-    suspects = [tensor for tensor in tensors if tensor.numel() and not (tensor.is_cpu and _has_finite_sum(tensor))]
+    held = [tensor for tensor in tensors if tensor.numel() and has_data(tensor)]
+    suspects = [tensor for tensor in held if not (tensor.is_cpu and _has_finite_sum(tensor))]
     # The largest magnitude tells, and unlike a sum it cannot overflow.
     return not suspects or bool(torch.nn.utils.get_total_norm(suspects, norm_type=math.inf).isfinite())
 
@@ -45,8 +47,11 @@ def _has_finite_sum(tensor: Tensor) -> bool:
 
 
 def are_zero(tensors: Sequence[Tensor], *, here: bool) -> bool:
-    """Whether all tensors hold nothing but zeros, in every shard of them, or in this rank's."""
-    flags: Sequence[bool] = [any(bool(tensor.any()) for tensor in local_views(list(tensors)))]
+    """Whether all tensors hold nothing but zeros, in every shard of them, or in this rank's.
+
+    Those without data do not.
+    """
+    flags: Sequence[bool] = [any(not has_data(tensor) or bool(tensor.any()) for tensor in local_views(list(tensors)))]
     return not (flags if here else _on_any_rank(flags, tensors))[0]
 
 

@@ -8,10 +8,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from stac_optimizer.tensors.kinds import PLAIN_TYPES
 from stac_optimizer.tensors.layouts import is_dense, real_views
 from stac_optimizer.tensors.torch_private import local_shape_and_offsets
 
 __all__ = [
+    "conjugated",
     "is_sharded",
     "is_sharded_by_row",
     "is_sharded_in_runs",
@@ -26,10 +28,15 @@ __all__ = [
 
 def real_parts(tensors: list[Tensor], likes: list[Tensor] | None = None) -> list[Tensor]:
     """What this rank holds of tensors, as :func:`local_views` gives it, in real numbers."""
-    return real_views(local_views(tensors, likes))
+    parts = local_views(tensors, likes)
+    if not any(map(Tensor.is_complex, parts)):
+        return parts
+    return real_views(parts if likes is None else conjugated(parts))
 
 
-PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
+def conjugated(grads: list[Tensor]) -> list[Tensor]:
+    """Gradients that torch has put off to conjugate, conjugated: of such there are no views as real numbers."""
+    return [grad.resolve_conj() for grad in grads] if any(map(Tensor.is_complex, grads)) else grads
 
 
 def local_views(tensors: list[Tensor], likes: list[Tensor] | None = None) -> list[Tensor]:

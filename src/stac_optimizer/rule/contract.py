@@ -16,9 +16,13 @@ from stac_optimizer.rule.hyperparameters import Group, Hyperparameter
 from stac_optimizer.rule.inputs import StateLists, StepInputs, TensorList
 from stac_optimizer.rule.preparation import Sums, step_prepared
 from stac_optimizer.rule.state import StateTensor
+from stac_optimizer.tensors.kinds import is_fake
 from stac_optimizer.tensors.torch_private import is_foreach_faster
 
-__all__ = ["Rule"]
+__all__ = ["DTYPES", "REAL_DTYPES", "Rule"]
+
+REAL_DTYPES = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+DTYPES = REAL_DTYPES | {torch.complex128, torch.complex64, torch.complex32}  # what torch has arithmetic for
 
 
 class Rule(ABC):
@@ -48,6 +52,10 @@ class Rule(ABC):
 
     votes: ClassVar[bool] = False
     """Whether ranks may vote on its step; where not, they average gradients."""
+
+    counts_at_once: ClassVar[bool] = True
+    """Whether a step begins by counting for all parameters, so that counters can be put back where it then fails. False
+    where a :meth:`step` of the rule's own counts otherwise."""
 
     is_guest: ClassVar[bool] = False
     """Whether a foreign optimizer updates its groups, and not :meth:`step`."""
@@ -97,6 +105,13 @@ class Rule(ABC):
                 f"has {param.ndim} dimension{'' if param.ndim == 1 else 's'}, and {self.name} updates whole matrices; "
                 "give vectors to another optimizer, as STAC's cap, and do not flatten parameters"
             )
+        if param.requires_grad and param.dtype not in DTYPES:
+            return _no_arithmetic(f"is {param.dtype}")
+        if param.is_conj() or param.is_neg():
+            return (
+                "is a lazily conjugated or negated view, which cannot be updated in place; pass a parameter of "
+                "tensor.resolve_conj().resolve_neg()"
+            )
         if group["stochastic_rounding"] and param.dtype != torch.bfloat16:
             return (
                 f"is {param.dtype}, and stochastic_rounding is for torch.bfloat16 alone; give such parameters a group "
@@ -110,23 +125,40 @@ class Rule(ABC):
         return None
 
     def gradient_problem(self, param: Tensor, grad: Tensor, group: Group) -> str | None:
-        """Why this gradient cannot be applied, or None. Asked for every parameter before any of them changes."""
+        """Why this gradient cannot be applied, or None. Asked before anything changes, but see :meth:`takes_plain`."""
         if grad.layout != torch.strided:
             return (
                 f"has a gradient of layout {grad.layout}, and {self.name} takes no sparse gradients; make it dense, "
                 "for embeddings with sparse=False"
             )
-        # Asked of every parameter in every step, so what is plain is told at one look.
+        # Asked of every parameter in many a step, so what is plain is told at one look.
         is_plain = type(param) is Parameter and type(grad) is Tensor
         if not is_plain and is_sharded(param) != is_sharded(grad):
             kinds = ["a plain tensor", "a DTensor"]
             param_kind, grad_kind = (kinds[is_sharded(tensor)] for tensor in (param, grad))
             return f"is {param_kind} and its gradient {grad_kind}; distribute the gradient as the parameter is"
+        if not is_plain and is_fake(param) != is_fake(grad):
+            kinds = ["holds data", "is a fake tensor of a dry run"]
+            param_kind, grad_kind = (kinds[is_fake(tensor)] for tensor in (param, grad))
+            return f"{param_kind} and its gradient {grad_kind}; make both under one FakeTensorMode"
+        if param.dtype not in REAL_DTYPES or grad.dtype not in REAL_DTYPES:
+            problem = _number_problem(param, grad)
+            if problem is not None:
+                return problem
         if group["differentiable"] and param.is_leaf and param.requires_grad:
             return "is a leaf that requires grad, which a differentiable step cannot change in place; give clones"
         # A model may have been cast, or its parameters flattened, since construction.
         has_changed = group["stochastic_rounding"] or self.needs == "matrix"
         return self.parameter_problem(param, group) if has_changed else None
+
+    def takes_plain(self, group: Group) -> bool:
+        """Whether every plain gradient can be applied, so that :meth:`gradient_problem` is asked of no such one.
+
+        Plain is a strided ``Tensor`` of a ``Parameter``, both of the same dtype, which is real. To be replaced beside
+        :meth:`gradient_problem`.
+        """
+        has_conditions = group["differentiable"] or group["stochastic_rounding"] or self.needs == "matrix"
+        return not has_conditions and type(self).gradient_problem is Rule.gradient_problem
 
     def skips_by_itself(self, group: Group, states: Mapping[Tensor, Mapping[str, Tensor]]) -> bool:
         """Whether :meth:`step` itself reads ``found_inf`` on the device, so that the host need not wait for it."""
@@ -157,3 +189,20 @@ class Rule(ABC):
         if foreach is None:
             foreach = is_foreach_faster(params, differentiable=group["differentiable"])
         return "foreach" if foreach else "single"
+
+
+def _number_problem(param: Tensor, grad: Tensor) -> str | None:
+    """Why numbers of these dtypes, of which one at least is not real, cannot be computed with, or None."""
+    for what, dtype in (("is", param.dtype), ("has a gradient of", grad.dtype)):
+        if dtype not in DTYPES:
+            return _no_arithmetic(f"{what} {dtype}")
+    if param.is_complex() != grad.is_complex():
+        return f"is {param.dtype} and its gradient {grad.dtype}; give both real, or both complex numbers"
+    return None
+
+
+def _no_arithmetic(fault: str) -> str:
+    return (
+        f"{fault}, for which torch has no arithmetic; keep weights and gradients in float32 or bfloat16, and convert "
+        "them in forward alone"
+    )

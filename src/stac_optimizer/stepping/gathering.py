@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from stac_optimizer.rule import Group, Rule
 
-__all__ = ["Declared", "states_of_kind", "with_state"]
+__all__ = ["Declared", "resolved", "states_of_kind", "with_state"]
 
 
 class Declared(NamedTuple):
@@ -28,14 +29,27 @@ class Declared(NamedTuple):
     last: str
 
 
-def with_state(rule: Rule, param: Tensor, group: Group, state: dict[str, Tensor]) -> Declared:
-    """What the rule declares of a parameter, once all of it is in its state."""
+def with_state(
+    rule: Rule, param: Tensor, group: Group, state: dict[str, Tensor], made: list[tuple[Tensor, str]]
+) -> Declared:
+    """What the rule declares of a parameter, once all of it is in its state; what was not yet is told in ``made``."""
     tensors = rule.state(param, group)
     for tensor in tensors:
         if tensor.key not in state:
             state[tensor.key] = tensor.create(param, group)
+            made.append((param, tensor.key))
     keys = [(rule.state_keys.index(tensor.key), tensor.key) for tensor in tensors]
     return Declared(param, sum(1 << place for place, _ in keys), keys, keys[-1][1])
+
+
+def resolved(grads: list[Tensor]) -> list[Tensor]:
+    """Gradients without the bit by which torch puts off to negate them, as of the imaginary parts of conjugates.
+
+    What walks memory, as compiled and fused kernels do, would not see it. Nor does torch.compile, of anything.
+    """
+    if not torch.compiler.is_compiling() and any(map(Tensor.is_neg, grads)):
+        return [grad.resolve_neg() for grad in grads]
+    return grads
 
 
 def states_of_kind(

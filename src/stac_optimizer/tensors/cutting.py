@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stac_optimizer.tensors import codes
 from stac_optimizer.tensors.coded_pieces import CodedPieces
+from stac_optimizer.tensors.kinds import has_own_operations
 from stac_optimizer.tensors.layouts import has_layout_of, is_dense
 from stac_optimizer.tensors.pieces import Lists, Piece, Tensors, Unit, is_recorded
 
@@ -126,6 +127,8 @@ def blocks(tensors: Tensors, *, numel: int | None) -> list[Piece]:
     sliced along their longest dimensions.
     """
     first, held = tensors.param, tensors.flat()
+    if any(map(has_own_operations, held)):  # whose views need not be views
+        return [_whole(tensors)]
     is_plain = all(map(Tensor.is_contiguous, held))  # and then the faster of two ways will do
     if is_plain and numel is None:
         return [Piece(tensors, strides=first.stride())]

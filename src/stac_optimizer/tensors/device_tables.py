@@ -17,6 +17,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from stac_optimizer.tensors.torch_private import is_dry_run
+
 __all__ = ["integers", "numbers", "owners"]
 
 # Tables remembered of each kind, six to a group of tensors of one device and dtype: for more groups than models have.
@@ -44,8 +46,11 @@ def numbers(values: Sequence[float | Tensor], dtype: torch.dtype, device: torch.
 
 
 def _stream(device: torch.device) -> int | None:
-    """The current stream, for what holds on that one alone; None while it is captured, and where there is none."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    """The current stream, for what holds on that one alone; None while it is captured, and where there is none.
+
+    A dry run has none, and its tables hold nothing.
+    """
+    if device.type != "cuda" or is_dry_run() or torch.cuda.is_current_stream_capturing():
         return None
     return torch.cuda.current_stream(device).cuda_stream
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stac_optimizer.tensors.kinds import has_own_operations
+
 __all__ = ["Scratch"]
 
 
@@ -17,13 +19,15 @@ class Scratch:
     def __init__(self) -> None:
         self._held = [torch.empty(0, device="cpu")] * 2
 
-    def like(self, tensor: Tensor, place: int = 0) -> Tensor:
-        """A tensor of this shape, dtype, device and layout, of any values.
+    def like(self, tensor: Tensor, place: int = 0) -> Tensor | None:
+        """A tensor of this shape, dtype, device and layout, of any values; None of classes that may not write to one.
 
         Args:
             tensor: whose like it is.
             place: 0 or 1; the next call for the same place takes its memory.
         """
+        if has_own_operations(tensor):
+            return None
         if type(tensor) is not Tensor or not tensor.is_contiguous():
             return torch.empty_like(tensor)
         held, numel = self._held[place], tensor.numel()

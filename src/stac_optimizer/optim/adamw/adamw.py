@@ -6,13 +6,13 @@ of Adam and Beyond (Reddi et al.), https://openreview.net/forum?id=ryQu7f-RZ.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from stac_optimizer.distributed.shards import local_views, run_offset
+from stac_optimizer.distributed.shards import conjugated, local_views, run_offset
 from stac_optimizer.optim.adamw.paths import adamw_in_blocks, fused_adamw, is_walkable, rounding_adamw
 from stac_optimizer.optim.adamw.update import AdamWUpdate, call_adamw
 from stac_optimizer.optimizer import RuleOptimizer
@@ -44,6 +44,7 @@ class AdamWRule(Rule):
     }
     state_keys = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     paths = frozenset({"single", "foreach", "fused"})
+    counts_at_once = False
 
     def state(self, param: Tensor, group: Group) -> tuple[StateTensor, ...]:
         """The counter and two averages, three tensors under ``amsgrad``."""
@@ -56,12 +57,15 @@ class AdamWRule(Rule):
             return problem
         if grad.dtype != param.dtype:
             return f"is {param.dtype} and its gradient {grad.dtype}; AdamW needs one dtype, so convert the gradient"
-        device = param.device.type
-        if group["fused"] and not (device in fused_devices() and param.is_floating_point()):
-            return f"is {param.dtype} on {device!r}, for which torch has no fused AdamW; use fused=False"
-        if group["capturable"] and not torch.compiler.is_compiling() and device not in capturable_devices():
-            return f"is on {device!r}, which cannot be captured; use capturable=False"
+        if group["fused"] and not (param.is_floating_point() and (param.is_cpu or _is_on(param, fused_devices))):
+            return f"is {param.dtype} on {param.device.type!r}, for which torch has no fused AdamW; use fused=False"
+        if group["capturable"] and not (torch.compiler.is_compiling() or _is_on(param, capturable_devices)):
+            return f"is on {param.device.type!r}, which cannot be captured; use capturable=False"
         return None
+
+    def takes_plain(self, group: Group) -> bool:
+        has_conditions = group["differentiable"] or group["stochastic_rounding"] or group["capturable"]
+        return not (has_conditions or group["fused"])
 
     def skips_by_itself(self, group: Group, states: Mapping[Tensor, Mapping[str, Tensor]]) -> bool:
         if not group["fused"] or group["stochastic_rounding"]:
@@ -72,7 +76,7 @@ class AdamWRule(Rule):
 
     def step(self, inputs: StepInputs) -> None:
         """Call torch, on the path that the flags ask for."""
-        weights, grads = local_views(inputs.params), local_views(inputs.grads, inputs.params)
+        weights, grads = local_views(inputs.params), conjugated(local_views(inputs.grads, inputs.params))
         steps, *averages = [local_views(tensors) for tensors in inputs.states.values()]
         group = inputs.group
         work = AdamWUpdate(inputs.params, weights, grads, steps, averages, group, inputs.grad_scale, inputs.found_inf)
@@ -85,6 +89,10 @@ class AdamWRule(Rule):
             call_adamw(work, foreach=group["foreach"])
         else:
             adamw_in_blocks(work, foreach=path == "foreach")
+
+
+def _is_on(param: Tensor, devices: Callable[[], Sequence[str]]) -> bool:
+    return param.device.type in devices()
 
 
 class AdamW(RuleOptimizer):
