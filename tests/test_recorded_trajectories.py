@@ -304,8 +304,8 @@ def record(names: Sequence[str]) -> None:
     texts = []
     for name, case in cases.items():
         tensors = ",\n".join(f"      {json.dumps(key)}: {json.dumps(end)}" for key, end in case["tensors"].items())
-        steps = json.dumps(case["after_step"])
-        texts.append(f'  {json.dumps(name)}: {{\n    "after_step": {steps},\n    "tensors": {{\n{tensors}\n    }}\n  }}')
+        steps = f'    "after_step": {json.dumps(case["after_step"])},\n'
+        texts.append(f'  {json.dumps(name)}: {{\n{steps}    "tensors": {{\n{tensors}\n    }}\n  }}')
     RECORDED.write_text("{\n" + ",\n".join(texts) + "\n}\n")
 
 

@@ -134,15 +134,21 @@ class Subclass(Tensor):
     """A tensor that may stand for something else than its memory."""
 
 
+def memory_like(scratch: Scratch, tensor: Tensor) -> Tensor:
+    memory = scratch.like(tensor)
+    assert memory is not None
+    return memory
+
+
 def test_scratch_keeps_its_memory() -> None:
     scratch = Scratch()
-    first = scratch.like(torch.zeros(6, 10))
+    first = memory_like(scratch, torch.zeros(6, 10))
     assert first.shape == (6, 10)
     assert first.dtype == torch.float32
-    smaller = scratch.like(torch.zeros(59))
+    smaller = memory_like(scratch, torch.zeros(59))
     assert (smaller.data_ptr(), smaller.shape) == (first.data_ptr(), (59,))
-    assert scratch.like(torch.zeros(61)).shape == (61,)
-    assert scratch.like(torch.zeros(3, dtype=torch.float64)).dtype == torch.float64
+    assert memory_like(scratch, torch.zeros(61)).shape == (61,)
+    assert memory_like(scratch, torch.zeros(3, dtype=torch.float64)).dtype == torch.float64
 
 
 @pytest.mark.parametrize(
@@ -157,6 +163,6 @@ def test_scratch_keeps_its_memory() -> None:
 def test_scratch_is_for_plain_tensors_in_rows(tensor: Tensor) -> None:
     """In another layout an operation would take several times as long, and a subclass has memory of its own."""
     scratch = Scratch()
-    first, second = scratch.like(tensor), scratch.like(tensor)
+    first, second = memory_like(scratch, tensor), memory_like(scratch, tensor)
     assert (type(first), first.stride()) == (type(tensor), tensor.stride())
     assert first.data_ptr() != second.data_ptr()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-
 from stac_optimizer.groups.given import settle_names
 from stac_optimizer.groups.keys import (
     check_common,
