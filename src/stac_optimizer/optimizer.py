@@ -239,42 +239,54 @@ class RuleOptimizer(Optimizer):
         """
         check_capture(groups)
         check_writable(groups, self.param_groups)
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        is_scaled = found_inf is not None
-        check_scaler(is_scaled=is_scaled, votes=self._voters is not None)
+        check_scaler(is_scaled=getattr(self, "found_inf", None) is not None, votes=self._voters is not None)
         attempt = Attempt(self, groups, self._rules, self._made, position)
         # torch.compile goes on after a graph that ends within a context only where it knows that.
         with nullcontext() if torch.compiler.is_compiling() else attempt:
             context = neutral(groups)
             with context:
-                if found_inf is not None:
-                    if all(self._rules[group["rule"]].skips_by_itself(group, self.state) for group in groups):
-                        found_inf = (found_inf != 0).to(torch.float32)  # as a sum over devices it may be more than 1
-                    elif found_inf.item():
-                        return
-                    else:
-                        found_inf = None
-                makes_state = self._check(groups, is_first=position is None and not self.state, is_scaled=is_scaled)
-                if position is not None:
-                    self._had_gradient = True
-                elif not (makes_state or torch.compiler.is_compiling()):
-                    self._watch(groups)
-                gathered = self._gather(groups, position or 0, found_inf)
-                if not makes_state:
-                    try_kinds(gathered, self._rules, self._tried, self.param_groups)
+                ready = self._ready(groups, position)
+            if ready is None:
+                return
+            makes_state, gathered = ready
             attempt.begin_guests()
             self._step_guests(makes_state=makes_state)
-            if not makes_state:
-                self._count_writes_of_guests(groups)
+            if makes_state:
+                return
+            self._count_writes_of_guests(groups)
             attempt.end_guests()
             with context:
                 for inputs in gathered:
-                    if not makes_state:
-                        attempt.begin(inputs)
-                        with torch.set_grad_enabled(inputs.group["differentiable"]):
-                            step_by_copies(self._rules[inputs.group["rule"]].step, inputs)
-                        if not inputs.group["differentiable"]:
-                            torch.autograd.graph.increment_version(inputs.params)  # Note [Unseen writes]
+                    attempt.begin(inputs)
+                    with torch.set_grad_enabled(inputs.group["differentiable"]):
+                        step_by_copies(self._rules[inputs.group["rule"]].step, inputs)
+                    if not inputs.group["differentiable"]:
+                        torch.autograd.graph.increment_version(inputs.params)  # Note [Unseen writes]
+
+    def _ready(self, groups: Sequence[Group], position: int | None) -> tuple[bool, list[StepInputs]] | None:
+        """Check, and gather what rules are to update.
+
+        Returns:
+            Whether the step is only to make state, and what was gathered; None where a GradScaler lets it be skipped.
+        """
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        is_scaled = found_inf is not None
+        if found_inf is not None:
+            if all(self._rules[group["rule"]].skips_by_itself(group, self.state) for group in groups):
+                found_inf = (found_inf != 0).to(torch.float32)  # as a sum over devices it may be more than 1
+            elif found_inf.item():
+                return None
+            else:
+                found_inf = None
+        makes_state = self._check(groups, is_first=position is None and not self.state, is_scaled=is_scaled)
+        if position is not None:
+            self._had_gradient = True
+        elif not (makes_state or torch.compiler.is_compiling()):
+            self._watch(groups)
+        gathered = self._gather(groups, position or 0, found_inf)
+        if not makes_state:
+            try_kinds(gathered, self._rules, self._tried, self.param_groups)
+        return makes_state, gathered
 
     def _count_writes_of_guests(self, groups: Sequence[Group]) -> None:
         for group in groups:

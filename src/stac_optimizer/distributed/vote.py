@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim import Optimizer
 
 from stac_optimizer.distributed.ballots import Ballot, PackedBallot, SummedBallot
 from stac_optimizer.distributed.shards import is_sharded
+from stac_optimizer.other_steps import hear
 from stac_optimizer.tensors.torch_private import is_joining
 from stac_optimizer.validation import one_of
 
@@ -160,18 +161,11 @@ class Voters:
             if alive is not None and not module.require_backward_grad_sync:
                 alive._averaged.clear()  # what a backward under no_sync adds is of one rank alone
 
-        def check(other: Optimizer, *_: object) -> None:
-            alive = voters()
-            problem = None if alive is None else alive._problem_of_step(other)
-            del alive  # which a traceback would keep alive
-            if problem is not None:
-                raise RuntimeError(problem)
-
         for ddp in self._wrapped:
             ddp.register_comm_hook(self.group, average)
             ddp.register_forward_pre_hook(forget)
         if self._wrapped:
-            weakref.finalize(self, register_optimizer_step_post_hook(check).remove)
+            hear(self)
 
     def keep(self, voted: Iterable[Tensor]) -> None:
         """Take parameters to those that are voted on."""
@@ -202,7 +196,7 @@ class Voters:
 
         return work.get_future().then(finish)
 
-    def _problem_of_step(self, other: Optimizer) -> str | None:
+    def problem_of_step(self, other: Optimizer) -> str | None:
         """What is wrong where another optimizer has stepped on gradients that were left to the votes.
 
         Once the one that votes has stepped, alone or within a wrapper, none are left.

@@ -11,11 +11,12 @@ from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor, distributed, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from stac_optimizer.distributed.shards import is_sharded
 from stac_optimizer.model.names import name_of, named_parameters
+from stac_optimizer.other_steps import hear
 from stac_optimizer.rule import Group, Rule
 
 __all__ = ["GradientRelease"]
@@ -86,9 +87,9 @@ class GradientRelease:
             _hooked(param, partial(_apply, self._optimizer, index, position))
             for position, (param, index) in enumerate(indexed)
         ]
-        handles.append(register_optimizer_step_post_hook(partial(_check_other, self._optimizer)))
         self._end = weakref.finalize(optimizer, _remove, handles)
         optimizer._release = self
+        hear(self)
 
     def __enter__(self) -> GradientRelease:
         if self._optimizer() is None:
@@ -133,12 +134,15 @@ class GradientRelease:
                 _refuse_second(optimizer, param)
         self._updated.clear()
 
-    def problem_of_step(self, optimizer: Releasable, other: Optimizer) -> str | None:
+    def problem_of_step(self, other: Optimizer) -> str | None:
         """What is wrong where another optimizer has stepped in the place of this one.
 
         Once this one has stepped, alone or within a wrapper, nothing is left of the iteration.
         """
-        params = (param for group in other.param_groups for param in group["params"]) if self._updated else ()
+        optimizer = self._optimizer()
+        if optimizer is None or optimizer._release is not self or not self._updated:
+            return None
+        params = (param for group in other.param_groups for param in group["params"])
         missed = next((param for param in params if param in self._updated and param.grad is None), None)
         if missed is None:
             return None
@@ -186,16 +190,6 @@ def _apply(owner: weakref.ref[Releasable], index: int, position: int, param: Ten
     optimizer = owner()
     if optimizer is not None and optimizer._release is not None:
         optimizer._release.apply(optimizer, index, position, param)
-
-
-def _check_other(owner: weakref.ref[Releasable], other: Optimizer, *_: object) -> None:
-    """The hook of every optimizer's step."""
-    optimizer = owner()
-    release = None if optimizer is None else optimizer._release
-    problem = None if optimizer is None or release is None else release.problem_of_step(optimizer, other)
-    del optimizer, release  # which a traceback would keep alive
-    if problem is not None:
-        raise RuntimeError(problem)
 
 
 def _remove(handles: Iterable[RemovableHandle]) -> None:
