@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -49,6 +50,20 @@ def base_model(dtype: torch.dtype, seed: int) -> nn.Sequential:
 def halved(epoch: int) -> float:
     """A schedule whose factors are exact."""
     return float(0.5 ** (epoch % 4))
+
+
+@functools.cache
+def adagrad_takes_groups() -> bool:
+    """Whether this torch's Adagrad makes state of groups that are added, as it does of the first."""
+    params = [nn.Parameter(torch.ones(1)) for _ in range(2)]
+    optimizer = optim.Adagrad(params[:1])
+    optimizer.add_param_group({"params": params[1:]})
+    params[1].grad = torch.ones(1)
+    try:
+        optimizer.step()
+    except KeyError:
+        return False
+    return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,6 +247,11 @@ class World:
         return {name: param for name, param in self.model.named_parameters() if param.requires_grad}
 
     # Layers that come later.
+
+    def can_add(self, role: str) -> bool:
+        """Whether the role's optimizer alone can step a group that was added."""
+        which = self.config.trunk if role == "trunk" else self.config.cap
+        return which != "Adagrad" or adagrad_takes_groups()
 
     def add(self, addition: Addition) -> None:
         """Add a layer and its group, and give it a twin."""

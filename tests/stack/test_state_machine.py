@@ -245,6 +245,8 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.world.additions) + 4 < MOST_LAYERS)
     @rule(role=st.sampled_from(["trunk", "cap"]), decay=st.none() | st.just(0.25))
     def add_group(self, role: str, decay: float | None) -> None:
+        if not self.world.can_add(role):
+            return
         self.world.end_schedule()
         self.world.add(Addition(str(4 + len(self.world.additions)), role, decay))
 

@@ -107,7 +107,7 @@ class Rule(ABC):
             )
         if param.requires_grad and param.dtype not in DTYPES:
             return _no_arithmetic(f"is {param.dtype}")
-        if param.is_conj() or param.is_neg():
+        if not torch.compiler.is_compiling() and (param.is_conj() or param.is_neg()):  # which has no words for it
             return (
                 "is a lazily conjugated or negated view, which cannot be updated in place; pass a parameter of "
                 "tensor.resolve_conj().resolve_neg()"
