@@ -128,9 +128,7 @@ def test_kernel_that_cannot_run_leaves_its_work_to_the_default_path(
         for params in runs:
             give_gradients(params, seed)
         default.step()
-        with (
-            pytest.warns(UserWarning, match=r"Hit: recompile limit reached\)") if seed == 0 else nullcontext()
-        ):
+        with pytest.warns(UserWarning, match=r"Hit: recompile limit reached\)") if seed == 0 else nullcontext():
             fused.step()
     assert_same_runs(default, fused)
 

@@ -330,8 +330,10 @@ class World:
 
     def restore(self, checkpoint: Checkpoint, *, into_new: bool) -> None:
         """Go on from a checkpoint, in a model and an optimizer of other values, or in these where they fit."""
-        # torch loads a flattened state dict into the keys that the target's state has by now.
-        if into_new or checkpoint.kind == "flat" or checkpoint.additions != self.additions:
+        # torch loads a flattened state dict into the keys that the target's state has by now, and some Adagrads make
+        # state at construction alone, which a checkpoint from before the first step lacks.
+        is_bound = self.config.trunk == "Adagrad" and not adagrad_takes_groups()
+        if into_new or is_bound or checkpoint.kind == "flat" or checkpoint.additions != self.additions:
             self.release, self.model = None, base_model(self.config.dtype, 1)
             self.optimizer = self.config.build(self.model)
             for addition in checkpoint.additions:
