@@ -20,7 +20,7 @@ from stac_optimizer.rule import COUNTER, Group, Rule, StepInputs
 from stac_optimizer.rule.contract import DTYPES
 from stac_optimizer.stepping.ambient import check_writable, neutral
 from stac_optimizer.stepping.checks import check_capture, check_scaler, check_step, only_makes_state
-from stac_optimizer.stepping.copies import step_by_copies, try_kinds
+from stac_optimizer.stepping.copies import has_foreign, step_by_copies, try_kinds
 from stac_optimizer.stepping.failures import Attempt
 from stac_optimizer.stepping.gathering import Declared, resolved, states_of_kind, with_state
 from stac_optimizer.stepping.release import GradientRelease
@@ -272,7 +272,8 @@ class RuleOptimizer(Optimizer):
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         is_scaled = found_inf is not None
         if found_inf is not None:
-            if all(self._rules[group["rule"]].skips_by_itself(group, self.state) for group in groups):
+            can_skip = all(self._rules[group["rule"]].skips_by_itself(group, self.state) for group in groups)
+            if can_skip and not has_foreign(groups):
                 found_inf = (found_inf != 0).to(torch.float32)  # as a sum over devices it may be more than 1
             elif found_inf.item():
                 return None

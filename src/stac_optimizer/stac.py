@@ -501,6 +501,10 @@ class STAC(RuleOptimizer):
         own = {role: data for role, data in kept.items() if data is not None}
         return {**result, "guests": own} if own else result
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102 - as the base
+        super().load_state_dict(state_dict)
+        self._one_lr = OneLr(self.param_groups)  # whether one rate is written into all is asked of those from here on
+
     def _checked_load(self, state_dict: dict[str, Any], state: Mapping[Any, Any]) -> Callable[[], None]:
         for guest in self._guests.values():
             guest.check_state(state)

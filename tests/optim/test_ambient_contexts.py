@@ -284,3 +284,22 @@ def test_model_made_in_inference_mode_steps_there_and_is_refused_outside() -> No
     expected.step()
     for param, other in zip(model.parameters(), plain.parameters(), strict=True):
         assert_same_bits(nn.Parameter(param.clone()).detach(), other.detach())
+
+
+def test_default_dtype_is_the_users_after_updates_that_overlap() -> None:
+    """As those of two threads, which share it."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        groups = [{"params": list(small_model().parameters())}]
+        first = neutral(groups)
+        with first:
+            second = neutral(groups)
+            second.__enter__()
+            first.__exit__(None, None, None)
+            assert torch.get_default_dtype() is torch.float32
+            second.__exit__(None, None, None)
+            assert torch.get_default_dtype() is torch.bfloat16
+            first.__enter__()
+        assert torch.get_default_dtype() is torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -226,3 +229,15 @@ def test_fused_on_the_meta_device_is_refused_as_torch_does() -> None:
     with pytest.raises(RuntimeError, match=r"'2.weight' \(cap\).*on 'meta'.*fused=False. Nothing was changed"):
         optimizer.step()
     assert not optimizer.state
+
+
+def test_package_may_be_imported_in_a_dry_run() -> None:
+    """And is the same after it as ever."""
+    code = """
+        from torch import Tensor
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        with FakeTensorMode():
+            from stac_optimizer.tensors import codes
+        assert type(codes.PLACE_BITS) is Tensor
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)

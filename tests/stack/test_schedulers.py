@@ -192,3 +192,14 @@ def test_scheduler_of_a_wrapper_around_the_optimizer_moves_the_groups() -> None:
         "betas": (0.9, 0.999),
         "momentum": 0.9,
     }
+
+
+def test_rates_of_a_checkpoint_are_those_that_a_schedule_may_not_level() -> None:
+    """They began as one: nothing was erased."""
+    model = small_model()
+    optimizer = STAC(model)
+    optimizer.load_state_dict(STAC(model, trunk_lr=1e-3, cap_lr=1e-3).state_dict())
+    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.9)
+    for seed in range(4):
+        take_steps(model, optimizer, [seed])
+        scheduler.step()

@@ -281,3 +281,16 @@ def test_release_that_ends_in_the_middle_of_other_steps() -> None:
         handle.remove()
         after.remove()
     assert not held
+
+
+def test_handle_of_a_release_that_has_ended_keeps_no_parameter() -> None:
+    """Between backward and step it holds those that are updated."""
+    model = small_model()
+    optimizer = STAC(model)
+    handle = optimizer.release_gradients(model)
+    seeded_loss(model, 0).backward()
+    handle.remove()
+    weight = weakref.ref(model[0].weight)
+    del model, optimizer
+    gc.collect()
+    assert weight() is None

@@ -40,8 +40,8 @@ class StateTensor:
                 result = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
             elif len(self.shape) == 2:
                 result = zeros_by_row(param, *self.shape, dtype=dtype)
-            elif not self.shape:  # a number: the only way to make it that fake tensors can read it
-                return torch.tensor(self.fill, dtype=dtype, device=self.device_of(param, group))
+            elif not self.shape and self.device_of(param, group).type == "cpu":  # so that fake tensors can read it
+                return torch.tensor(self.fill, dtype=dtype, device="cpu")
             else:
                 result = torch.zeros(self.shape, dtype=dtype, device=self.device_of(param, group))
             return result.fill_(self.fill) if self.fill else result
@@ -87,7 +87,8 @@ def count_step_(steps: list[Tensor], found_inf: Tensor | None = None, *, never_s
         addends = torch._foreach_mul(steps, BEYOND_HALF_ULP)
         torch._foreach_clamp_min_(addends, 1.0)
         if found_inf is not None:
-            torch._foreach_mul_(addends, [(1 - found_inf).to(step.device) for step in steps])
+            counts = 1 - found_inf
+            torch._foreach_mul_(addends, [counts.to(step.device) for step in steps])
         torch._foreach_add_(steps, addends)
         return
     if steps[0].is_cpu and not torch.compiler.is_compiling():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
@@ -42,6 +43,7 @@ def neutral(groups: Sequence[Group]) -> AbstractContextManager[Any]:
         or has_function_modes()
         or torch.is_inference_mode_enabled()
         or torch.get_default_dtype() is not torch.float32
+        or DEFAULT_DTYPE.updates
         or is_fake(_first(groups))
     )
     return NOTHING if is_usual else _Neutral(groups)
@@ -67,6 +69,33 @@ def _first(groups: Sequence[Group]) -> Tensor | None:
     return None
 
 
+class _DefaultDtype:
+    """float32 as the default dtype, which all threads share: from the first update that needs it to the last."""
+
+    def __init__(self) -> None:
+        self.updates = 0
+        self._of_user = torch.float32
+        self._lock = threading.Lock()
+
+    def hold(self) -> None:
+        """Another update begins."""
+        with self._lock:
+            if not self.updates:
+                self._of_user = torch.get_default_dtype()
+                torch.set_default_dtype(torch.float32)
+            self.updates += 1
+
+    def let_go(self) -> None:
+        """It has ended."""
+        with self._lock:
+            self.updates -= 1
+            if not self.updates:
+                torch.set_default_dtype(self._of_user)
+
+
+DEFAULT_DTYPE = _DefaultDtype()
+
+
 class _Neutral:
     """What :func:`neutral` returns where a context is active."""
 
@@ -86,8 +115,8 @@ class _Neutral:
             mode: Any = getattr(_first(self._groups), "fake_mode", None)
             if mode is not None and not is_dry_run():
                 contexts.enter_context(mode)
-            contexts.callback(torch.set_default_dtype, torch.get_default_dtype())
-            torch.set_default_dtype(torch.float32)
+            DEFAULT_DTYPE.hold()
+            contexts.callback(DEFAULT_DTYPE.let_go)
             self._contexts = contexts.pop_all()
 
     def __exit__(self, *exception: Any) -> None:

@@ -21,9 +21,15 @@ from stac_optimizer.model.names import name_of
 from stac_optimizer.rule import Group, Rule, StepInputs
 from stac_optimizer.tensors.kinds import PLAIN_TYPES, has_own_operations
 
-__all__ = ["step_by_copies", "try_kinds"]
+__all__ = ["has_foreign", "step_by_copies", "try_kinds"]
 
 Step = Callable[[StepInputs], None]
+
+
+def has_foreign(groups: Iterable[Group]) -> bool:
+    """Whether any parameter is stepped on a copy, which no kernel that skips a step by itself leaves as it was."""
+    with torch.no_grad():
+        return any(_is_foreign(param) for group in groups for param in group["params"])
 
 
 def step_by_copies(step: Step, inputs: StepInputs) -> None:
@@ -81,7 +87,7 @@ def try_kinds(
 def _try(step: Step, one: StepInputs) -> None:
     """Step a copy of one parameter; nothing changes, and no generator moves on."""
     param = one.params[0].detach()
-    devices = [] if param.device.type == "cpu" else [param.device]
+    devices = [param.device] if param.device.type in ("cuda", "xpu") else []  # others have generators without devices
     with torch.random.fork_rng(devices, device_type=param.device.type if devices else "cuda"), torch.no_grad():
         clone = param.clone()
         states = {key: [tensor.clone() for tensor in tensors] for key, tensors in one.states.items()}

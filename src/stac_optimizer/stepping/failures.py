@@ -138,7 +138,10 @@ class Attempt:
             if params
         ]
         others = "" if self._optimizer._voters is None else "; end the other ranks, which may wait for this one"
-        return f"The step had begun ({'; '.join(told)}): go back to a checkpoint, or go on at your own risk{others}"
+        # A foreign optimizer may have refused before it wrote, which nothing tells for sure.
+        unless = "unless the foreign optimizer refused before it wrote, " if self._guests and not done else ""
+        advice = f"{unless}go back to a checkpoint, or go on at your own risk{others}"
+        return f"The step had begun ({'; '.join(told)}): {advice}"
 
     def _take_state_back(self, reached: Container[int]) -> None:
         """Remove state that this step has made of parameters that it has not reached."""

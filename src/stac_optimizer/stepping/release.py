@@ -87,7 +87,7 @@ class GradientRelease:
             _hooked(param, partial(_apply, self._optimizer, index, position))
             for position, (param, index) in enumerate(indexed)
         ]
-        self._end = weakref.finalize(optimizer, _remove, handles)
+        self._end = weakref.finalize(optimizer, _remove, handles, self._updated)
         optimizer._release = self
         hear(self)
 
@@ -192,9 +192,10 @@ def _apply(owner: weakref.ref[Releasable], index: int, position: int, param: Ten
         optimizer._release.apply(optimizer, index, position, param)
 
 
-def _remove(handles: Iterable[RemovableHandle]) -> None:
+def _remove(handles: Iterable[RemovableHandle], updated: set[Tensor]) -> None:
     for handle in handles:
         handle.remove()
+    updated.clear()  # or a handle that is kept would keep parameters
 
 
 def _refuse_second(optimizer: Releasable, param: Tensor) -> None:

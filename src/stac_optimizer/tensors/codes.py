@@ -27,6 +27,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stac_optimizer.tensors.kinds import has_data
+from stac_optimizer.tensors.torch_private import without_modes
+
 __all__ = [
     "BLOCK",
     "CHANCE_PARTS",
@@ -115,8 +118,8 @@ def encode_(average: Tensor, codes: Tensor, scale: Tensor, noise: Tensor | None)
 def _chances(noise: Tensor, width: int) -> Tensor:
     """Random odd numbers below CHANCE_PARTS for the elements of blocks, from those of the blocks."""
     # Inductor would make the range in its innermost loop, number by number.
-    is_traced = torch.compiler.is_compiling() and noise.is_cpu
-    places = PLACE_BITS if is_traced else _place_bits(noise.device)
+    is_held = noise.is_cpu and (torch.compiler.is_compiling() or has_data(noise))
+    places = PLACE_BITS if is_held else _place_bits(noise.device)
     drawn = noise.bitwise_and(CHANCE_PARTS // 2 - 1).mul_(2)
     return (drawn ^ places[:width]).float()
 
@@ -127,4 +130,5 @@ def _place_bits(device: torch.device) -> Tensor:
     return places.mul_(2**REST_BITS).bitwise_or_(1)
 
 
-PLACE_BITS = _place_bits(torch.device("cpu"))
+with without_modes(), torch.inference_mode(False):  # whatever this is imported in
+    PLACE_BITS = _place_bits(torch.device("cpu"))

@@ -13,6 +13,7 @@ list of tensors. Every optimizer of torch.optim is built from them, and they hav
   any other mode, is active. The public ways to ask cost several microseconds, in every step.
 - ``torch._C._is_any_autocast_enabled``, ``_DisableAutocast``: autocast of all devices at once; publicly it is asked for
   one after the other.
+- ``_disable_current_modes``: no modes, for what is made once and outlives them.
 - ``torch._dynamo.exc``: what torch.compile raises before what it has compiled runs, told from errors of the run itself,
   after which some of it is done.
 - ``torch.distributed.tensor._utils.compute_local_shape_and_global_offset``: where in a whole tensor a shard begins.
@@ -29,6 +30,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import _default_to_fused_or_foreach, _get_capturable_supported_devices
 from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
+from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
     "FakeTensor",
@@ -43,6 +45,7 @@ __all__ = [
     "is_joining",
     "local_shape_and_offsets",
     "without_autocast",
+    "without_modes",
 ]
 
 capturable_devices = _get_capturable_supported_devices
@@ -51,6 +54,7 @@ has_function_modes = torch._C._len_torch_function_stack
 has_dispatch_modes = torch._C._len_torch_dispatch_stack
 is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 without_autocast = torch._C._DisableAutocast
+without_modes = _disable_current_modes
 
 
 def errors_of_compiling() -> tuple[type[Exception], ...]:
