@@ -124,7 +124,7 @@ def test_votes(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:(Graph break|Dynamo):UserWarning")
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("arguments", [{}, {"foreach": False}, {"fused": True}], ids=str)
 def test_step_that_torch_compiles(arguments: dict[str, Any], backend: str) -> None:
     torch._dynamo.reset()
