@@ -11,10 +11,7 @@ from torch import Tensor, nn
 
 from stac_optimizer.distributed.vote import MajorityVote
 from stac_optimizer.groups.given import settle_names
-from stac_optimizer.groups.keys import (
-    check_parameters,
-    unshare_lr,
-)
+from stac_optimizer.groups.keys import check_parameters, unshare_lr
 from stac_optimizer.groups.translation import from_adamw
 from stac_optimizer.model.partition import STACPartition
 from stac_optimizer.model.selectors import Selector

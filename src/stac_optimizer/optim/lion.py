@@ -23,7 +23,15 @@ from stac_optimizer.rule import (
     Sums,
     TensorList,
 )
-from stac_optimizer.rule.common import decay_, mask_, signs, warning_of_lost_steps, warning_of_stuck_averages
+from stac_optimizer.rule.common import (
+    decay_,
+    joined,
+    least_change,
+    mask_,
+    signs,
+    warning_of_lost_steps,
+    warning_of_stuck_averages,
+)
 from stac_optimizer.validation import boolean, pair_of_fractions
 
 if TYPE_CHECKING:
@@ -69,9 +77,9 @@ class LionRule(Rule):
 
     def warning(self, names: Sequence[str], params: Sequence[Tensor], group: Group) -> str | None:
         decay = group["betas"][1]
-        changes = [0.0 if group["stochastic_rounding"] else torch.finfo(param.dtype).eps / 2 for param in params]
+        changes = [least_change(param.dtype, group) for param in params]
         stuck = warning_of_stuck_averages(names, [str(param.dtype) for param in params], changes, "betas[1]", decay)
-        return "; ".join(filter(None, (warning_of_lost_steps(names, params, group), stuck))) or None
+        return joined(warning_of_lost_steps(names, params, group), stuck)
 
     def walks_on(self, group: Group) -> bool:
         return not group["cautious"]

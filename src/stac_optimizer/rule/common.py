@@ -13,7 +13,16 @@ from stac_optimizer.rule.preparation import Sums
 from stac_optimizer.tensors.kinds import has_data, has_own_operations
 from stac_optimizer.tensors.precision import LOW_PRECISION
 
-__all__ = ["LEAST_MASK_MEAN", "decay_", "mask_", "signs", "warning_of_lost_steps", "warning_of_stuck_averages"]
+__all__ = [
+    "LEAST_MASK_MEAN",
+    "decay_",
+    "joined",
+    "least_change",
+    "mask_",
+    "signs",
+    "warning_of_lost_steps",
+    "warning_of_stuck_averages",
+]
 
 # Liang et al. divide the masked step by the mean of the mask, floored by this.
 LEAST_MASK_MEAN = 1e-3
@@ -67,6 +76,17 @@ def warning_of_lost_steps(names: Sequence[str], params: Sequence[Tensor], group:
         f"{', '.join(map(repr, stuck))}, so their steps round to nothing. Use stochastic_rounding=True with bfloat16, "
         "keep float32 weights (and compute under torch.autocast) or raise the lr (in STAC trunk_lr)"
     )
+
+
+def joined(*warnings: str | None) -> str | None:
+    """Those that there are, as one."""
+    return "; ".join(filter(None, warnings)) or None
+
+
+def least_change(dtype: torch.dtype, group: Group) -> float:
+    """The least share of itself by which an average held in a dtype can change; any, where it is rounded by chance."""
+    is_by_chance = group["stochastic_rounding"] and dtype == torch.bfloat16
+    return 0.0 if is_by_chance else torch.finfo(dtype).eps / 2
 
 
 def warning_of_stuck_averages(

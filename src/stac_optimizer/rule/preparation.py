@@ -21,7 +21,7 @@ from stac_optimizer.tensors.cutting import block_numel, filled, units
 from stac_optimizer.tensors.kinds import has_data
 from stac_optimizer.tensors.layouts import indices_by_device_and_dtype
 from stac_optimizer.tensors.pieces import Lists, Piece, Unit, is_recorded
-from stac_optimizer.tensors.precision import arithmetic_dtype, unscaled
+from stac_optimizer.tensors.precision import arithmetic_dtype, arithmetic_lr, unscaled
 
 __all__ = ["Sums", "step_prepared"]
 
@@ -149,10 +149,10 @@ def _prepared_gradient(grad: Tensor, dtype: torch.dtype, inputs: StepInputs) -> 
 
 
 def _prepared_lr(lr: float | Tensor, device: torch.device) -> float | Tensor:
-    """A number, or a tensor of no dimension: a captured step then sees its changes. bfloat16 would lose the decay."""
+    """A number, or a tensor of no dimension: a captured step then sees its changes."""
     if not isinstance(lr, Tensor):
         return lr
-    lr = lr.reshape(()).to(torch.promote_types(lr.dtype, torch.float32))
+    lr = arithmetic_lr(lr)
     is_readable = lr.is_cpu and not (lr.requires_grad or torch.compiler.is_compiling())
     return lr.item() if is_readable else lr.to(device)
 

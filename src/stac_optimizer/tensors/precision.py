@@ -8,6 +8,7 @@ from torch import Tensor
 __all__ = [
     "LOW_PRECISION",
     "arithmetic_dtype",
+    "arithmetic_lr",
     "downcast",
     "foreach_downcast",
     "foreach_upcast",
@@ -25,6 +26,11 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that tensors of this dtype are computed in (Note [Low-precision arithmetic])."""
     return torch.float32 if dtype in LOW_PRECISION else dtype
+
+
+def arithmetic_lr(lr: Tensor) -> Tensor:
+    """A one-element learning rate as a tensor of no dimension, in float32 at least: 1 - lr * decay is 1 in bfloat16."""
+    return lr.reshape(()).to(torch.promote_types(lr.dtype, torch.float32))
 
 
 def upcast(tensor: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.optim.adamw import adamw
 from stac_optimizer.rule import Group
 from stac_optimizer.tensors.layouts import has_layout_of, in_layout_of
 from stac_optimizer.tensors.pieces import Tensors
-from stac_optimizer.tensors.precision import downcast, unscaled
+from stac_optimizer.tensors.precision import arithmetic_lr, downcast, unscaled
 
 __all__ = ["AdamWUpdate", "call_adamw"]
 
@@ -102,8 +102,7 @@ def call_adamw(work: AdamWUpdate, *, fused: bool | None = None, foreach: bool | 
         amsgrad=group["amsgrad"],
         beta1=beta1,
         beta2=beta2,
-        # In bfloat16 1 - lr * weight_decay would be 1.
-        lr=lr.reshape(()).to(torch.promote_types(lr.dtype, torch.float32)) if isinstance(lr, Tensor) else lr,
+        lr=arithmetic_lr(lr) if isinstance(lr, Tensor) else lr,
         weight_decay=group["weight_decay"],
         eps=group["eps"],
         maximize=group["maximize"],

@@ -19,7 +19,7 @@ from stac_optimizer.rule import Group
 from stac_optimizer.rule.common import LEAST_MASK_MEAN
 from stac_optimizer.tensors import codes, rounding
 from stac_optimizer.tensors.pieces import Lists, Tensors
-from stac_optimizer.tensors.precision import downcast, upcast
+from stac_optimizer.tensors.precision import arithmetic_lr, downcast, upcast
 from stac_optimizer.tensors.scratch import Scratch
 
 __all__ = [
@@ -86,7 +86,7 @@ class SignUpdate(NamedTuple):
         if isinstance(lr, Tensor):
             # What lies on the host is read there: to bring it to the device would wait for that.
             is_readable = lr.is_cpu and device.type != "cpu" and not (lr.requires_grad or torch.compiler.is_compiling())
-            lr = lr.item() if is_readable else lr.reshape(()).to(device, torch.promote_types(lr.dtype, torch.float32))
+            lr = lr.item() if is_readable else arithmetic_lr(lr).to(device)
         decay_factor = 1 - lr * self.group["weight_decay"] if self.group["weight_decay"] else None
         scale = None if self.grad_scale is None else self.grad_scale.to(device)
         return Coefficients(lr, decay_factor, 1 - self.group["momentum"], scale)

@@ -25,7 +25,7 @@ from stac_optimizer.optim.signum.single import single_tensor
 from stac_optimizer.optim.signum.vote import average_state, by_vote
 from stac_optimizer.optimizer import RuleOptimizer
 from stac_optimizer.rule import COUNTER, Flags, Group, Hyperparameter, Rule, StateTensor, StepInputs
-from stac_optimizer.rule.common import warning_of_lost_steps, warning_of_stuck_averages
+from stac_optimizer.rule.common import joined, least_change, warning_of_lost_steps, warning_of_stuck_averages
 from stac_optimizer.rule.state import count_step_
 from stac_optimizer.tensors import codes, rounding
 from stac_optimizer.tensors.pieces import Lists
@@ -127,9 +127,9 @@ class SignumRule(Rule):
     def warning(self, names: Sequence[str], params: Sequence[Tensor], group: Group) -> str | None:
         held = [self._held(param, group) for param in params] if group["momentum"] else []
         kinds = ["8-bit codes" if dtype == torch.int8 else str(dtype) for dtype in held]
-        changes = [_least_change(dtype, group) for dtype in held]
+        changes = [1 / codes.CHANCE_PARTS if dtype == torch.int8 else least_change(dtype, group) for dtype in held]
         stuck = warning_of_stuck_averages(names, kinds, changes, "momentum", group["momentum"])
-        return "; ".join(filter(None, (warning_of_lost_steps(names, params, group), stuck))) or None
+        return joined(warning_of_lost_steps(names, params, group), stuck)
 
     def _held(self, param: Tensor, group: Group) -> torch.dtype:
         """What averages of a parameter are held in."""
@@ -173,15 +173,6 @@ def _averages(dtype: torch.dtype | None, scales: tuple[int, int] | None) -> tupl
     if scales is None:
         return COUNTER, average
     return COUNTER, average, StateTensor(key="exp_avg_scale", shape=scales, dtype=torch.float32)
-
-
-def _least_change(dtype: torch.dtype, group: Group) -> float:
-    """The least share of itself by which an average held in a dtype can change."""
-    if dtype == torch.int8:
-        return 1 / codes.CHANCE_PARTS
-    if dtype == torch.bfloat16 and group["stochastic_rounding"]:
-        return 0.0
-    return torch.finfo(dtype).eps / 2
 
 
 def _noise_seeds(inputs: StepInputs) -> Tensor:
