@@ -78,6 +78,39 @@ def adamw(p: Array, g: Array, state: State, h: Mapping[str, Any]) -> Result:
     return Result(p - h["lr"] * m_hat / (np.sqrt(v_hat) + h["eps"]), new_state)
 
 
+def msign(d: Array, h: Mapping[str, Any]) -> Array:
+    """U p(S) V of d = U S V, where the polynomial takes every singular value, of d by its norm, near 1."""
+    norm = np.sqrt((d**2).sum())
+    if not norm:
+        return np.zeros_like(d)
+    u, s, vh = np.linalg.svd(d / norm, full_matrices=False)
+    a, b, c = h["ns_coefficients"]
+    for _ in range(h["ns_steps"]):
+        s = a * s + b * s**3 + c * s**5
+    result: Array = (u * s) @ vh
+    return result
+
+
+def muon(p: Array, g: Array, state: State, h: Mapping[str, Any]) -> Result:
+    """Decay, average, the sign of the matrix of the average as it would be after g again; RMS as arXiv 2502.16982."""
+    g = -g if h["maximize"] else g
+    mu = h["momentum"]
+    m = mu * state.get("exp_avg", np.zeros_like(g)) + (1 - mu) * g
+    d = mu * m + (1 - mu) * g if h["nesterov"] and mu else m
+    matrix = d.reshape(d.shape[0], int(np.prod(d.shape[1:])))
+    signs = [msign(block, h) for block in np.split(matrix, h["row_blocks"])]
+    rows, columns = signs[0].shape
+    ratio = {
+        "match_rms_adamw": 0.2 * max(rows, columns) ** 0.5,
+        "original": max(1.0, rows / max(columns, 1)) ** 0.5,
+        "spectral": (rows / max(columns, 1)) ** 0.5,
+    }[h["adjust_lr"]]
+    whole = ratio * np.concatenate(signs).reshape(d.shape)
+    step = _cautious(whole, g) if h["cautious"] and p.size else whole
+    p = p * (1 - h["lr"] * h["weight_decay"])
+    return Result(p - h["lr"] * step, {"exp_avg": m} if mu else {}, whole if h["cautious"] else None)
+
+
 def block_scales(m: Array, block: int = 128) -> Array:
     """For each row the largest magnitudes of its blocks, the last one maybe shorter."""
     scales: Array = np.maximum.reduceat(np.abs(m), np.arange(0, m.shape[1], block), axis=1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stac_optimizer import STAC
-from stac_optimizer.optim import AdamW, Lion, Signum
+from stac_optimizer.optim import AdamW, Lion, Muon, Signum
 from stac_optimizer.optimizer import RuleOptimizer
 from tests import reference
 
@@ -47,6 +47,10 @@ class RuleCase:
         """The class alone, over these parameters in one group."""
         build: Callable[..., RuleOptimizer] = self.kind
         return build(list(params.items()), **{**self.arguments, **self.paths[path], **overrides})
+
+    def taken(self, params: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Those that the rule can update."""
+        return {name: param for name, param in params.items() if self.kind.rule.takes(param)}
 
     def in_role(self, params: Mapping[str, Tensor], path: str, **overrides: Any) -> STAC:
         """STAC over these parameters in one group of the case's role, which the class updates."""
@@ -96,6 +100,20 @@ def _adamw(name: str, **arguments: Any) -> RuleCase:
     )
 
 
+def _muon(name: str, **arguments: Any) -> RuleCase:
+    return RuleCase(
+        name=f"muon-{name}",
+        kind=Muon,
+        # Products in bfloat16 are for CPUs and devices that have them.
+        arguments={"lr": 0.01, "weight_decay": 0.1, "ns_dtype": "float32", **arguments},
+        reference=reference.muon,
+        paths={"single": PATHS["single"], "foreach": PATHS["foreach"]},
+        agrees_by_bits=False,
+        slack=16.0,
+        dtypes=tuple(dtype for dtype in DTYPES if dtype in (torch.float32, torch.bfloat16, torch.float16)),
+    )
+
+
 PLAIN = _signum("default")
 CAUTIOUS = _signum("cautious", cautious=True)
 RULE_CASES = (
@@ -115,6 +133,11 @@ RULE_CASES = (
     _lion("maximize", maximize=True, betas=(0.5, 0.75)),
     _lion("cautious", cautious=True),
     _lion("cautious-maximize", cautious=True, maximize=True),
+    _muon("default"),
+    _muon("maximize", maximize=True, momentum=0.5, nesterov=False),
+    _muon("no-momentum", momentum=0.0, weight_decay=0.0, adjust_lr="original", ns_steps=3),
+    _muon("cautious", cautious=True, adjust_lr="spectral"),
+    _muon("cautious-maximize", cautious=True, maximize=True),
 )
 
 

@@ -14,14 +14,17 @@ from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 __all__ = [
     "Checker",
     "boolean",
     "count",
+    "finite",
     "learning_rate",
     "mapping",
+    "named_dtype",
     "non_negative",
     "one_of",
     "optional_boolean",
@@ -51,6 +54,15 @@ def non_negative(name: str, value: Any) -> float:
     allowed = "a finite number in [0, inf)"
     number = _real(name, value, allowed)
     if not 0.0 <= number < math.inf:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
+    return number
+
+
+def finite(name: str, value: Any) -> float:
+    """A finite float."""
+    allowed = "a finite number"
+    number = _real(name, value, allowed)
+    if not math.isfinite(number):
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
     return number
 
@@ -106,6 +118,18 @@ def one_of(name: str, value: Any, allowed: Sequence[Any]) -> Any:
     if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in allowed):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     return value
+
+
+def named_dtype(name: str, value: Any, allowed: Mapping[str, torch.dtype]) -> str | None:
+    """The name of one of these dtypes, given as such or by name, or None.
+
+    A name, for full state dicts of torch.distributed hold plain Python values alone.
+    """
+    if value is not None and not isinstance(value, torch.dtype | str):
+        raise TypeError(f"{name} must be None or a torch.dtype, got {value!r} of type {type(value).__name__}")
+    known: dict[Any, str] = {dtype: dtype_name for dtype_name, dtype in allowed.items()}
+    chosen: str | None = one_of(name, known.get(value, value), (None, *allowed))
+    return chosen
 
 
 def mapping(name: str, value: Any) -> Mapping[Any, Any]:

@@ -91,7 +91,7 @@ def test_rule_steps_the_same_inside(case: RuleCase, context: Context) -> None:
     """Two steps inside, gradients set there too, and one outside, for which state must still be usable."""
 
     def stepped(path: str, dtype: torch.dtype, within: Context) -> Any:
-        params = zoo(dtype)
+        params = case.taken(zoo(dtype))
         optimizer = case.optimizer(params, path)
         for seed in range(3):
             gradients = random_gradients(params, seed, skip={"layer.vector"} if seed == 1 else ())

@@ -39,7 +39,7 @@ def built(case: RuleCase, path: str, params: Params, lr: Tensor, **arguments: An
 
 
 def stepped(case: RuleCase, path: str, dtype: torch.dtype, lr: Tensor) -> Any:
-    params = zoo(dtype)
+    params = case.taken(zoo(dtype))
     optimizer = built(case, path, params, lr)
     for seed in range(3):
         step_with(optimizer, params, random_gradients(params, seed))

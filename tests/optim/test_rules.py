@@ -48,7 +48,7 @@ def state_arrays(optimizer: RuleOptimizer, param: Tensor) -> reference.State:
 @pytest.mark.parametrize(("case", "path", "dtype"), case_paths())
 def test_update_matches_float64_reference(case: RuleCase, path: str, dtype: torch.dtype) -> None:
     """From each step's own start, so that roundings cannot pile up."""
-    params = zoo(dtype)
+    params = case.taken(zoo(dtype))
     optimizer = case.optimizer(params, path)
     rounding = case.slack * torch.finfo(dtype).eps
     near_zero = 8 * torch.finfo(arithmetic_dtype(dtype)).eps
@@ -110,7 +110,7 @@ def test_agreeing_elements_are_counted_alike_beyond_what_float32_sums(monkeypatc
 @each_case
 def test_class_alone_and_in_a_role_agree_by_bits(case: RuleCase, dtype: torch.dtype) -> None:
     for path in case.paths:
-        alone, hosted = zoo(dtype), zoo(dtype)
+        alone, hosted = case.taken(zoo(dtype)), case.taken(zoo(dtype))
         optimizers = case.optimizer(alone, path), case.in_role(hosted, path)
         assert optimizers[0].param_groups[0]["rule"] == optimizers[1].param_groups[0]["rule"]
         for seed in range(3):
@@ -151,11 +151,14 @@ def test_mixed_dtypes_in_one_group_agree_by_bits(case: RuleCase) -> None:
         ("lion-cautious-maximize", "single"),
         ("lion-maximize", "foreach"),
         ("lion-cautious", "foreach"),
+        ("muon-cautious-maximize", "single"),
+        ("muon-default", "foreach"),
     ],
 )
 def test_compiled_step_agrees_by_bits(name: str, path: str) -> None:
     """Traced into a graph, here run without inductor; tests/stack/test_ecosystem.py compiles for real."""
-    case, eager, traced = BY_NAME[name], zoo(torch.float32), zoo(torch.float32)
+    case = BY_NAME[name]
+    eager, traced = case.taken(zoo(torch.float32)), case.taken(zoo(torch.float32))
     assert_traced_equals_eager((eager, case.optimizer(eager, path)), (traced, case.optimizer(traced, path)))
 
 
@@ -188,7 +191,7 @@ def test_compiled_by_inductor_agrees_by_bits(kind: type[Signum] | type[Lion], dt
 
 @each_case
 def test_maximize_equals_negated_gradients(case: RuleCase) -> None:
-    ascending, descending = zoo(torch.float32), zoo(torch.float32)
+    ascending, descending = case.taken(zoo(torch.float32)), case.taken(zoo(torch.float32))
     maximize = not case.arguments.get("maximize", False)
     optimizers = case.optimizer(ascending, "single", maximize=maximize), case.optimizer(descending, "single")
     for seed in range(3):

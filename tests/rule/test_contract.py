@@ -22,7 +22,7 @@ from stac_optimizer.rule import (
     Rule,
     StateLists,
     StateTensor,
-    Sums,
+    Wholes,
     TensorList,
 )
 from stac_optimizer.validation import unit_fraction
@@ -45,9 +45,9 @@ class ScaledRule(Rule):
         rows = StateTensor(key="rows", shape=(param.shape[0], 1), dtype=torch.float64) if param.ndim > 1 else None
         return (COUNTER, weight) if rows is None else (COUNTER, weight, rows)
 
-    def update(self, params: TensorList, grads: TensorList, state: StateLists, group: Group, sums: Sums) -> None:
+    def update(self, params: TensorList, grads: TensorList, state: StateLists, group: Group, wholes: Wholes) -> None:
         """p <- p - lr * w * g / |g|_1, w <- decline * w; rows count what they have moved."""
-        norms = sums.over_shards([grad.abs().sum() for grad in grads])
+        norms = wholes.sums([grad.abs().sum() for grad in grads])
         for index, (param, grad, norm, weight) in enumerate(zip(params, grads, norms, state["weight"], strict=True)):
             param.sub_(group["lr"] * weight * grad / norm)
             weight.mul_(group["decline"])
@@ -196,7 +196,7 @@ def test_parameter_that_was_flattened_after_construction_is_refused_before_anyth
     flat = nn.Parameter(torch.ones(12))
     flat.grad = torch.ones(12)
     optimizer.param_groups[0]["params"] = [flat]
-    with pytest.raises(RuntimeError, match=r"has 1 dimension.*do not flatten parameters. Nothing was changed"):
+    with pytest.raises(RuntimeError, match=r"has 1 dimension.*do not flatten parameters, as ZeRO and DeepSpeed do. Nothing was changed"):
         optimizer.step()
     assert torch.equal(flat, torch.ones(12))
 

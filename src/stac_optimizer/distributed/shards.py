@@ -14,6 +14,7 @@ from stac_optimizer.tensors.torch_private import local_shape_and_offsets
 
 __all__ = [
     "conjugated",
+    "is_cut",
     "is_sharded",
     "is_sharded_by_row",
     "is_sharded_in_runs",
@@ -95,14 +96,14 @@ def _cut_dims(param: Any) -> list[int | None]:
     return [getattr(placement, "dim", None) for placement in param.placements] if is_sharded(param) else []
 
 
-def _is_cut(param: Any) -> bool:
+def is_cut(param: Any) -> bool:
     """Whether ranks hold different parts of the parameter; replicas of a DTensor are whole."""
     return any(dim is not None for dim in _cut_dims(param))
 
 
 def is_sharded_in_runs(param: Tensor) -> bool:
     """Whether what each rank holds of the parameter is one run of the whole's memory."""
-    if not _is_cut(param):
+    if not is_cut(param):
         return True
     are_rows_outermost = not is_dense(param) or param.shape[0] < 2 or param.stride(0) == max(param.stride())
     return is_sharded_by_row(param) and are_rows_outermost
@@ -114,7 +115,7 @@ def run_offset(param: Any) -> int:
     Args:
         param: sharded in runs, or not at all.
     """
-    if not _is_cut(param) or not param.numel():
+    if not is_cut(param) or not param.numel():
         return 0
     row = local_shape_and_offsets(param)[1][0]
     return int(row) * (int(param.numel()) // int(param.shape[0]))

@@ -20,8 +20,8 @@ from stac_optimizer.rule import (
     Rule,
     StateLists,
     StateTensor,
-    Sums,
     TensorList,
+    Wholes,
 )
 from stac_optimizer.rule.common import (
     decay_,
@@ -84,14 +84,14 @@ class LionRule(Rule):
     def walks_on(self, group: Group) -> bool:
         return not group["cautious"]
 
-    def update(self, params: TensorList, grads: TensorList, state: StateLists, group: Group, sums: Sums) -> None:
+    def update(self, params: TensorList, grads: TensorList, state: StateLists, group: Group, wholes: Wholes) -> None:
         (beta1, beta2), averages = group["betas"], state["exp_avg"]
         decay_(params, group)
         interpolated = torch._foreach_mul(averages, beta1)
         torch._foreach_add_(interpolated, torch._foreach_mul(grads, 1 - beta1))
         directions = signs(interpolated)
         if group["cautious"]:
-            mask_(directions, grads, sums)
+            mask_(directions, grads, wholes)
         torch._foreach_mul_(directions, group["lr"])
         torch._foreach_sub_(params, directions)
         torch._foreach_mul_(averages, beta2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from stac_optimizer.rule.contract import Rule
 from stac_optimizer.rule.hyperparameters import COMMON_HYPERPARAMETERS, Flags, Group, Hyperparameter
 from stac_optimizer.rule.inputs import StateLists, StepInputs, TensorList
-from stac_optimizer.rule.preparation import Sums
+from stac_optimizer.rule.preparation import Wholes
 from stac_optimizer.rule.state import COUNTER, StateTensor
 
 __all__ = [
@@ -18,6 +18,6 @@ __all__ = [
     "StateLists",
     "StateTensor",
     "StepInputs",
-    "Sums",
     "TensorList",
+    "Wholes",
 ]

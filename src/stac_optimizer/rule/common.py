@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stac_optimizer.distributed.shards import local_views
 from stac_optimizer.rule.hyperparameters import Group
-from stac_optimizer.rule.preparation import Sums
+from stac_optimizer.rule.preparation import Wholes
 from stac_optimizer.tensors.kinds import has_data, has_own_operations
 from stac_optimizer.tensors.precision import LOW_PRECISION
 
@@ -45,7 +45,7 @@ def signs(tensors: list[Tensor] | tuple[Tensor, ...]) -> list[Tensor]:
     return result
 
 
-def mask_(directions: Sequence[Tensor], grads: Sequence[Tensor], sums: Sums) -> None:
+def mask_(directions: Sequence[Tensor], grads: Sequence[Tensor], wholes: Wholes) -> None:
     """Let pass what agrees with the present gradient, divided by the share of that (https://arxiv.org/abs/2411.16085).
 
     By signs, for the product may underflow; the share is a count over a number, so it is exact however a parameter is
@@ -55,8 +55,8 @@ def mask_(directions: Sequence[Tensor], grads: Sequence[Tensor], sums: Sums) -> 
         torch.sign(direction.detach()).mul_(torch.sign(grad.detach())).clamp_min_(0)
         for direction, grad in zip(directions, grads, strict=True)
     ]
-    counts = sums.over_shards([mask.count_nonzero() for mask in masks])
-    for direction, mask, count, numel in zip(directions, masks, counts, sums.numels, strict=True):
+    counts = wholes.sums([mask.count_nonzero() for mask in masks])
+    for direction, mask, count, numel in zip(directions, masks, counts, wholes.numels, strict=True):
         # By a tensor: on CUDA a quotient by a number is a product with its reciprocal, and rounds twice.
         mean = count.to(mask.dtype)
         mean = mean.div_(torch.full_like(mean, max(numel, 1))).clamp_(min=LEAST_MASK_MEAN)

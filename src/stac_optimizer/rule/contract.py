@@ -14,7 +14,7 @@ from stac_optimizer.distributed.shards import is_sharded, is_sharded_in_runs
 from stac_optimizer.distributed.vote import Voters
 from stac_optimizer.rule.hyperparameters import Group, Hyperparameter
 from stac_optimizer.rule.inputs import StateLists, StepInputs, TensorList
-from stac_optimizer.rule.preparation import Sums, step_prepared
+from stac_optimizer.rule.preparation import Wholes, step_prepared
 from stac_optimizer.rule.state import StateTensor
 from stac_optimizer.tensors.kinds import is_fake
 from stac_optimizer.tensors.torch_private import is_foreach_faster
@@ -64,7 +64,7 @@ class Rule(ABC):
     def state(self, param: Tensor, group: Group) -> tuple[StateTensor, ...]:
         """The state of one parameter under this group's hyper-parameters, the counter first."""
 
-    def update(self, params: TensorList, grads: TensorList, state: StateLists, group: Group, sums: Sums) -> None:
+    def update(self, params: TensorList, grads: TensorList, state: StateLists, group: Group, wholes: Wholes) -> None:
         """Update parameters and state in place, by ``torch._foreach_*`` functions.
 
         What every rule needs is done around it: tensors are local, real and in arithmetic precision, steps counted,
@@ -75,7 +75,7 @@ class Rule(ABC):
             grads: read-only.
             state: by key, in the order of ``params``.
             group: the hyper-parameters.
-            sums: over whole parameters, for rules that need more than elements.
+            wholes: what can be asked of whole parameters, for rules that need more than elements.
         """
         raise TypeError(f"{type(self).__name__} has neither update nor a step of its own")
 
@@ -84,7 +84,7 @@ class Rule(ABC):
 
         Called without gradient recording, unless the group is differentiable.
         """
-        step_prepared(inputs, self.update, is_whole=self.needs_whole(inputs.group))
+        step_prepared(inputs, self.update, is_whole=self.needs_whole(inputs.group), is_dealt=self.needs == "matrix")
 
     def needs_whole(self, group: Group) -> bool:
         """Whether parameters must not be cut under these hyper-parameters."""
@@ -96,14 +96,15 @@ class Rule(ABC):
 
     def takes(self, param: Tensor) -> bool:
         """Whether the rule can update a parameter of this shape; in STAC's trunk others go to the cap."""
-        return self.needs != "matrix" or param.ndim >= 2
+        return self.needs != "matrix" or (param.ndim >= 2 and not param.is_complex())
 
     def parameter_problem(self, param: Tensor, group: Group) -> str | None:
         """Why this parameter cannot have these hyper-parameters, or None. Asked at construction and on load."""
         if not self.takes(param):
+            has = f"is {param.dtype}" if param.is_complex() else f"has {param.ndim} dimension" + "s" * (param.ndim != 1)
             return (
-                f"has {param.ndim} dimension{'' if param.ndim == 1 else 's'}, and {self.name} updates whole matrices; "
-                "give vectors to another optimizer, as STAC's cap, and do not flatten parameters"
+                f"{has}, and {self.name} updates whole matrices of real numbers; give what is none to another optimizer, as "
+                "STAC's cap, and do not flatten parameters, as ZeRO and DeepSpeed do"
             )
         if param.requires_grad and param.dtype not in DTYPES:
             return _no_arithmetic(f"is {param.dtype}")

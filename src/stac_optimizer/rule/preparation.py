@@ -12,41 +12,56 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from stac_optimizer.distributed.dealing import WholeFunction, dealt_out, ranks_to_deal_to
 from stac_optimizer.distributed.shards import real_parts, run_offset, sum_over_shards
 from stac_optimizer.rule.hyperparameters import Group
 from stac_optimizer.rule.inputs import StateLists, StepInputs, TensorList
 from stac_optimizer.rule.state import count_step_
-from stac_optimizer.tensors import rounding
+from stac_optimizer.tensors import codes, rounding
 from stac_optimizer.tensors.cutting import block_numel, filled, units
 from stac_optimizer.tensors.kinds import has_data
 from stac_optimizer.tensors.layouts import indices_by_device_and_dtype
-from stac_optimizer.tensors.pieces import Lists, Piece, Unit, is_recorded
+from stac_optimizer.tensors.pieces import Lists, Piece, Tensors, Unit, is_recorded
 from stac_optimizer.tensors.precision import arithmetic_dtype, arithmetic_lr, unscaled
 
-__all__ = ["Sums", "step_prepared"]
+__all__ = ["Wholes", "step_prepared"]
+
+SCALE = "exp_avg_scale"
+# So many whole parameters for each rank are dealt out at once: enough that their different sizes even out.
+DEALT = 4
 
 
-class Sums:
-    """Sums over whole parameters, whose shards may lie on several ranks.
+class Wholes:
+    """What an update can ask of whole parameters, whose shards may lie on several ranks.
 
     Args:
         params: the parameters as the optimizer holds them.
+        shares: whether ranks that all hold whole parameters share out what is computed of them.
     """
 
-    def __init__(self, params: Sequence[Tensor]) -> None:
-        self._params = params
+    def __init__(self, params: Sequence[Tensor], *, shares: bool = False) -> None:
+        self._params, self._shares = params, shares
 
     @property
     def numels(self) -> list[int]:
         """The elements of each whole parameter, complex ones counted as two reals."""
         return [param.numel() * (2 if param.is_complex() else 1) for param in self._params]
 
-    def over_shards(self, values: Sequence[Tensor]) -> list[Tensor]:
+    def sums(self, values: Sequence[Tensor]) -> list[Tensor]:
         """What the part on this rank contributes to a sum over each parameter, added up; a collective for DTensors."""
         return [sum_over_shards(value, param) for value, param in zip(values, self._params, strict=True)]
 
+    def apply(self, function: WholeFunction, parts: Sequence[Tensor]) -> list[Tensor]:
+        """This rank's parts of what a function makes of whole tensors, each computed by one of the ranks; a collective.
 
-Update: TypeAlias = Callable[[TensorList, TensorList, StateLists, Group, Sums], None]
+        Args:
+            function: from whole tensors to as many of the same shapes.
+            parts: of each parameter this rank's part of such a tensor.
+        """
+        return dealt_out(function, parts, self._params, shares=self._shares)
+
+
+Update: TypeAlias = Callable[[TensorList, TensorList, StateLists, Group, Wholes], None]
 """See :meth:`stac_optimizer.rule.Rule.update`."""
 
 
@@ -62,27 +77,32 @@ class _Part(NamedTuple):
     unit: Unit
 
 
-def step_prepared(inputs: StepInputs, update: Update, *, is_whole: bool) -> None:
+def step_prepared(inputs: StepInputs, update: Update, *, is_whole: bool, is_dealt: bool = False) -> None:
     """Count, prepare and update.
 
     Args:
         inputs: of one group.
         update: the rule's.
         is_whole: whether it must get whole parameters.
+        is_dealt: whether ranks share out what it computes of them, so that several must be at hand at once.
     """
-    count_step_(inputs.states["step"], never_stops=inputs.group["stochastic_rounding"])
-    keys = [key for key in inputs.states if key != "step"]
+    shares = inputs.group.get("share_work", False)
+    ranks = ranks_to_deal_to(inputs.params, shares=shares) if is_dealt else 1
+    count_step_(inputs.states["step"], never_stops=inputs.group["stochastic_rounding"] or SCALE in inputs.states)
+    keys = [key for key in inputs.states if key not in ("step", SCALE)]
     lists = Lists(
         real_parts(inputs.params),
         real_parts(inputs.grads, inputs.params),
         [real_parts(inputs.states[key]) for key in keys],
+        real_parts(inputs.states[SCALE]) if SCALE in inputs.states else None,
     )
-    seeds = _noise_seeds(inputs, len(keys)) if inputs.group["stochastic_rounding"] else []
+    has_noise = inputs.group["stochastic_rounding"] or lists.scales is not None
+    seeds = _noise_seeds(inputs, len(keys)) if has_noise else []
     for indices in indices_by_device_and_dtype(lists.flat()):
         group = {**inputs.group, "lr": _prepared_lr(inputs.group["lr"], lists.params[indices[0]].device)}
-        is_single = group["foreach"] is False
+        is_single = group["foreach"] is False and ranks == 1
         made = _whole(lists, indices) if is_whole else _cut(lists, indices, inputs.states["step"])
-        for parts in _together(made, is_single=is_single):
+        for parts in _together(made, is_single=is_single, ranks=ranks):
             _update_parts(inputs, group, keys, parts, update, seeds)
 
 
@@ -103,8 +123,8 @@ def _cut(lists: Lists, indices: Sequence[int], steps: Sequence[Tensor]) -> Itera
             yield from (_Part(piece, places) for piece in unit.pieces)
 
 
-def _together(parts: Iterable[_Part], *, is_single: bool) -> Iterator[list[_Part]]:
-    """What is updated together: single pieces and packs, or lists of about one block's elements."""
+def _together(parts: Iterable[_Part], *, is_single: bool, ranks: int) -> Iterator[list[_Part]]:
+    """What is updated together: single pieces and packs, or lists of about one block's elements, some for each rank."""
     waiting: list[_Part] = []
     for part in parts:
         if is_single or part.unit.sizes:  # a pack is written back when the next is asked for
@@ -112,8 +132,9 @@ def _together(parts: Iterable[_Part], *, is_single: bool) -> Iterator[list[_Part
         else:
             waiting.append(part)
     if waiting:
-        sizes = [part.piece.tensors.param.numel() for part in waiting]
-        yield from filled(waiting, sizes, block_numel(waiting[0].piece.tensors.param))
+        full = block_numel(waiting[0].piece.tensors.param)
+        most = full if ranks == 1 else full // (DEALT * ranks)
+        yield from filled(waiting, [min(part.piece.tensors.param.numel(), most) for part in waiting], full)
 
 
 def _update_parts(
@@ -127,19 +148,39 @@ def _update_parts(
     stored = [[part.piece.tensors.param for part in parts]]
     stored += [[part.piece.tensors.state[place] for part in parts] for place in range(len(keys))]
     dtype = arithmetic_dtype(stored[0][0].dtype)
-    weights, *averages = [[tensor.to(dtype) for tensor in tensors] for tensors in stored]
+    scales = [part.piece.tensors.scale for part in parts]
+    held = [[_arithmetic(t, scale, dtype) for t, scale in zip(tensors, scales, strict=True)] for tensors in stored]
+    weights, *averages = held
     grads = [_prepared_gradient(part.piece.tensors.grad, dtype, inputs) for part in parts]
     firsts = [part.unit.members[0] for part in parts]
     state = {"step": [inputs.states["step"][first] for first in firsts], **dict(zip(keys, averages, strict=True))}
-    update(weights, grads, state, group, Sums([inputs.params[first] for first in firsts]))
-    for kind, (results, tensors) in enumerate(zip((weights, *averages), stored, strict=True)):
+    params = [inputs.params[first] for first in firsts]
+    update(weights, grads, state, group, Wholes(params, shares=group.get("share_work", False)))
+    rounds = group["stochastic_rounding"]
+    for kind, (results, tensors) in enumerate(zip(held, stored, strict=True)):
         for part, result, tensor in zip(parts, results, tensors, strict=True):
             if result is tensor:
                 continue
-            if seeds and tensor.dtype == torch.bfloat16:
+            if tensor.dtype == torch.int8:
+                _store_in_codes(result, tensor, part, seeds[kind])
+            elif rounds and tensor.dtype == torch.bfloat16:
                 rounding.round_into(result, tensor, rounding.noise_of(part.piece, part.unit, seeds[kind]))
             else:
                 tensor.copy_(result)
+
+
+def _arithmetic(tensor: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A stored tensor as it is computed with."""
+    return codes.decode_matrix(tensor, scale) if scale is not None and tensor.dtype == torch.int8 else tensor.to(dtype)
+
+
+def _store_in_codes(average: Tensor, held: Tensor, part: _Part, seeds: Tensor) -> None:
+    scale = part.piece.tensors.scale
+    assert scale is not None
+    blocks = codes.in_blocks(average)
+    piece = Piece(Tensors(blocks, blocks), 0, (codes.matrix_shape(held)[1], codes.BLOCK, 1))
+    noise = rounding.noise_of(piece, part.unit, seeds, of_blocks=True)
+    codes.encode_matrix_(blocks, held, scale, noise)
 
 
 def _prepared_gradient(grad: Tensor, dtype: torch.dtype, inputs: StepInputs) -> Tensor:
@@ -158,9 +199,12 @@ def _prepared_lr(lr: float | Tensor, device: torch.device) -> float | Tensor:
 
 
 def _noise_seeds(inputs: StepInputs, states: int) -> list[Tensor]:
-    """For the weights, and for each kind of state, a seed for each parameter."""
+    """For the weights, and for each kind of state, a seed for each parameter.
+
+    Codes alone get the same ones in all parameters, as the sign trunk's do: they are then the same wherever parameters
+    are dealt out over ranks, each of which counts its own.
+    """
+    positions = inputs.positions if inputs.group["stochastic_rounding"] else [0] * len(inputs.params)
     seed, counts = inputs.group["rounding_seed"], rounding.counts(inputs.states["step"])
     offsets = list(map(run_offset, inputs.params))
-    return [
-        rounding.noise_seeds(seed, inputs.positions, counts, kind=kind, offsets=offsets) for kind in range(states + 1)
-    ]
+    return [rounding.noise_seeds(seed, positions, counts, kind=kind, offsets=offsets) for kind in range(states + 1)]

@@ -26,6 +26,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from stac_optimizer.tensors.kinds import has_data
 from stac_optimizer.tensors.torch_private import without_modes
@@ -35,8 +36,11 @@ __all__ = [
     "CHANCE_PARTS",
     "can_be_coded",
     "decode",
+    "decode_matrix",
     "encode_",
+    "encode_matrix_",
     "has_whole_blocks",
+    "in_blocks",
     "matrix_shape",
     "scales_shape",
 ]
@@ -113,6 +117,26 @@ def encode_(average: Tensor, codes: Tensor, scale: Tensor, noise: Tensor | None)
     levels.add_(above > part.mul_(CHANCE_PARTS // 2 if noise is None else _chances(noise, average.shape[-1])))
     codes.copy_(levels.copysign_(average))
     scale.copy_(largest)
+
+
+def in_blocks(matrix: Tensor) -> Tensor:
+    """A tensor seen as a matrix, its rows cut into blocks, the last of each filled up with zeros."""
+    rows, columns = matrix_shape(matrix)
+    padded: Tensor = functional.pad(matrix.reshape(rows, columns), (0, -columns % BLOCK))
+    return padded.unflatten(1, (-1, BLOCK))
+
+
+def decode_matrix(codes: Tensor, scale: Tensor) -> Tensor:
+    """The averages of a whole matrix, in float32."""
+    columns = matrix_shape(codes)[1]
+    return decode(in_blocks(codes), scale.unsqueeze(-1)).flatten(1)[:, :columns].reshape(codes.shape)
+
+
+def encode_matrix_(blocks: Tensor, codes: Tensor, scale: Tensor, noise: Tensor | None) -> None:
+    """Store the averages of a whole matrix, as :func:`in_blocks` gives them, as codes and scales."""
+    coded, scales = torch.empty_like(blocks, dtype=torch.int8), scale.unsqueeze(-1)
+    encode_(blocks, coded, scales, noise)
+    codes.copy_(coded.flatten(1)[:, : matrix_shape(codes)[1]].reshape(codes.shape))
 
 
 def _chances(noise: Tensor, width: int) -> Tensor:

@@ -16,6 +16,8 @@ list of tensors. Every optimizer of torch.optim is built from them, and they hav
 - ``_disable_current_modes``: no modes, for what is made once and outlives them.
 - ``torch._dynamo.exc``: what torch.compile raises before what it has compiled runs, told from errors of the run itself,
   after which some of it is done.
+- ``torch.cpu._is_avx512_bf16_supported``, ``_is_amx_tile_supported``: whether the CPU multiplies bfloat16 by
+  instructions of its own; without them it is slower than float32. Publicly only the set of vector instructions is told.
 - ``torch.distributed.tensor._utils.compute_local_shape_and_global_offset``: where in a whole tensor a shard begins.
   Only torch knows how each placement cuts, strided ones of FSDP2 beside tensor parallelism among them.
 """
@@ -23,6 +25,7 @@ list of tensors. Every optimizer of torch.optim is built from them, and they hav
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -38,6 +41,7 @@ __all__ = [
     "errors_of_compiling",
     "fused_devices",
     "has_dispatch_modes",
+    "has_fast_bfloat16",
     "has_function_modes",
     "is_any_autocast_enabled",
     "is_dry_run",
@@ -67,6 +71,15 @@ def errors_of_compiling() -> tuple[type[Exception], ...]:
 def is_dry_run() -> bool:
     """Whether a ``FakeTensorMode`` is active."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+@lru_cache
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether products in bfloat16 are faster than in float32: twice on CPUs with instructions for them."""
+    if device.type != "cpu":
+        return True
+    asked = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(ask is not None and ask() for ask in asked)
 
 
 def is_foreach_faster(tensors: Sequence[Tensor], *, differentiable: bool) -> bool:

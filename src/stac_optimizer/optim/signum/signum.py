@@ -10,24 +10,31 @@ https://arxiv.org/abs/2411.16085.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from stac_optimizer.distributed.shards import is_sharded, is_sharded_by_row, real_parts, run_offset
+from stac_optimizer.distributed.shards import is_sharded, real_parts, run_offset
 from stac_optimizer.distributed.vote import ENCODINGS, MajorityVote, Voters
 from stac_optimizer.optim.signum.arithmetic import SignUpdate
 from stac_optimizer.optim.signum.foreach import multi_tensor
 from stac_optimizer.optim.signum.fused import fused, has_fused, skips_by_itself
 from stac_optimizer.optim.signum.single import single_tensor
-from stac_optimizer.optim.signum.vote import average_state, by_vote
+from stac_optimizer.optim.signum.vote import average_over_ranks, by_vote
 from stac_optimizer.optimizer import RuleOptimizer
 from stac_optimizer.rule import COUNTER, Flags, Group, Hyperparameter, Rule, StateTensor, StepInputs
-from stac_optimizer.rule.common import joined, least_change, warning_of_lost_steps, warning_of_stuck_averages
+from stac_optimizer.rule.averages import (
+    AVERAGE_KEYS,
+    can_lack_scale,
+    coded_problem,
+    state_dtype,
+    state_of_average,
+    warning_of_stuck,
+)
+from stac_optimizer.rule.common import joined, warning_of_lost_steps
 from stac_optimizer.rule.state import count_step_
-from stac_optimizer.tensors import codes, rounding
+from stac_optimizer.tensors import rounding
 from stac_optimizer.tensors.pieces import Lists
 from stac_optimizer.validation import boolean, one_of, unit_fraction
 
@@ -35,18 +42,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["Signum", "SignumRule"]
-
-
-STATE_DTYPES = {"bfloat16": torch.bfloat16, "int8": torch.int8}
-
-
-def _state_dtype(name: str, value: Any) -> str | None:
-    """The name of a dtype: full state dicts of torch.distributed hold plain Python values alone."""
-    if value is not None and not isinstance(value, torch.dtype | str):
-        raise TypeError(f"{name} must be None or a torch.dtype, got {value!r} of type {type(value).__name__}")
-    known: dict[Any, str] = {dtype: dtype_name for dtype_name, dtype in STATE_DTYPES.items()}
-    chosen: str | None = one_of(name, known.get(value, value), (None, *STATE_DTYPES))
-    return chosen
 
 
 def _encoding(name: str, value: Any) -> str | None:
@@ -88,30 +83,23 @@ class SignumRule(Rule):
     hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {
         "momentum": Hyperparameter(default=0.9, check=unit_fraction),
         "cautious": Hyperparameter(default=False, check=boolean),
-        "state_dtype": Hyperparameter(default=None, check=_state_dtype),
+        "state_dtype": Hyperparameter(default=None, check=state_dtype),
         "vote": Hyperparameter(default=None, check=_encoding),
     }
     # The host waits for the votes of others, and masks and recorded steps know of one rank's gradients alone.
     excluded = (("vote", "cautious"), ("vote", "differentiable"), ("vote", "capturable"))
-    state_keys = ("step", "exp_avg", "exp_avg_scale")
+    state_keys = AVERAGE_KEYS
     paths = frozenset({"single", "foreach", "fused"})
     votes = True
 
     def state(self, param: Tensor, group: Group) -> tuple[StateTensor, ...]:
-        """The counter; with momentum the average, in codes with its scales."""
-        if not group["momentum"]:
-            return (COUNTER,)
-        dtype = None if param.is_complex() else STATE_DTYPES.get(group["state_dtype"])
-        if dtype != torch.int8:
-            return _averages(dtype, None)
-        return _averages(dtype, codes.scales_shape(param)) if codes.can_be_coded(param) else _averages(None, None)
+        return state_of_average(param, group)
 
     def walks_on(self, group: Group) -> bool:
         return bool(group["momentum"]) and not group["cautious"]
 
     def can_lack(self, key: str, state: Mapping[str, Tensor]) -> bool:
-        """Averages that were saved as floating-point numbers stay such, where new ones would be in codes."""
-        return key == "exp_avg_scale" and "exp_avg" in state and state["exp_avg"].dtype != torch.int8
+        return can_lack_scale(key, state)
 
     def parameter_problem(self, param: Tensor, group: Group) -> str | None:
         if group["vote"] and is_sharded(param):
@@ -119,21 +107,10 @@ class SignumRule(Rule):
                 "is a DTensor, whose gradients FSDP2 averages, and ranks vote on what each has by itself; give "
                 "fully_shard the trunk's parameters as ignored_params"
             )
-        is_coded = group["state_dtype"] == "int8" and codes.can_be_coded(param)
-        if is_coded and not is_sharded_by_row(param):
-            return "is sharded within rows, and 8-bit state needs whole ones; use torch.bfloat16 as state dtype"
-        return super().parameter_problem(param, group)
+        return coded_problem(param, group) or super().parameter_problem(param, group)
 
     def warning(self, names: Sequence[str], params: Sequence[Tensor], group: Group) -> str | None:
-        held = [self._held(param, group) for param in params] if group["momentum"] else []
-        kinds = ["8-bit codes" if dtype == torch.int8 else str(dtype) for dtype in held]
-        changes = [1 / codes.CHANCE_PARTS if dtype == torch.int8 else least_change(dtype, group) for dtype in held]
-        stuck = warning_of_stuck_averages(names, kinds, changes, "momentum", group["momentum"])
-        return joined(warning_of_lost_steps(names, params, group), stuck)
-
-    def _held(self, param: Tensor, group: Group) -> torch.dtype:
-        """What averages of a parameter are held in."""
-        return self.state(param, group)[1].dtype_of(param)
+        return joined(warning_of_lost_steps(names, params, group), warning_of_stuck(names, params, group))
 
     def path(self, params: Sequence[Tensor], group: Group) -> str:
         path = super().path(params, group)
@@ -164,15 +141,7 @@ class SignumRule(Rule):
         for param in params:
             state = states.get(param, {})
             if "exp_avg" in state:
-                average_state(state["exp_avg"], state.get("exp_avg_scale"), param, voters)
-
-
-@lru_cache
-def _averages(dtype: torch.dtype | None, scales: tuple[int, int] | None) -> tuple[StateTensor, ...]:
-    average = StateTensor(key="exp_avg", dtype=dtype)
-    if scales is None:
-        return COUNTER, average
-    return COUNTER, average, StateTensor(key="exp_avg_scale", shape=scales, dtype=torch.float32)
+                average_over_ranks(state["exp_avg"], state.get("exp_avg_scale"), param, voters)
 
 
 def _noise_seeds(inputs: StepInputs) -> Tensor:

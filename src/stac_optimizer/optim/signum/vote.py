@@ -23,7 +23,7 @@ from stac_optimizer.tensors.pieces import Lists, Piece, Unit, copy_back, is_reco
 from stac_optimizer.tensors.precision import arithmetic_dtype, downcast, upcast
 from stac_optimizer.tensors.scratch import Scratch
 
-__all__ = ["average_state", "by_vote"]
+__all__ = ["average_over_ranks", "by_vote"]
 
 # Votes on so many weights, or on one larger parameter, travel together while the next are prepared: 8 MiB of a rank.
 BALLOT_NUMEL = 32 * 1024 * 1024
@@ -110,7 +110,7 @@ def _apply(ballot: Ballot, votes: Sequence[_Vote]) -> None:
         copy_back(unit.copies)
 
 
-def average_state(exp_avg: Tensor, exp_avg_scale: Tensor | None, param: Tensor, voters: Voters) -> None:
+def average_over_ranks(exp_avg: Tensor, exp_avg_scale: Tensor | None, param: Tensor, voters: Voters) -> None:
     """Make an average the mean of all ranks' ones; a collective."""
     if exp_avg.dtype != torch.int8 or exp_avg_scale is None:
         mean = upcast(exp_avg)

@@ -1,0 +1,143 @@
+"""What is computed of whole tensors, dealt out over the ranks that hold them or parts of them. Knows no rule.
+
+Note [Dealing]. What needs whole matrices would be computed by every rank alike. Instead each tensor has one owner among
+the ranks: all gather it, one after the other so that memory is bounded, the owner keeps it and computes, and the result
+goes back as a sum over ranks of which all others contribute zeros. So torch alone says how placements cut, whatever the
+mesh, and a result is the same bits as on one process.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from stac_optimizer.distributed.shards import is_cut, is_sharded
+
+__all__ = ["WholeFunction", "dealt_out", "ranks_to_deal_to"]
+
+WholeFunction: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
+"""From whole tensors to as many of the same shapes."""
+
+
+def ranks_to_deal_to(params: Sequence[Tensor], *, shares: bool) -> int:
+    """How many ranks compute beside each other: those of the largest mesh, or all where they share out the work."""
+    meshes: list[Any] = [param for param in params if is_cut(param)]
+    sizes: list[int] = [sharded.device_mesh.size() for sharded in meshes]
+    return max([1, *sizes, _world_size() if shares else 1])
+
+
+def dealt_out(
+    function: WholeFunction, parts: Sequence[Tensor], params: Sequence[Tensor], *, shares: bool
+) -> list[Tensor]:
+    """This rank's parts of what a function makes of whole tensors; a collective (Note [Dealing]).
+
+    Args:
+        function: what to compute.
+        parts: this rank's parts of the tensors.
+        params: for each the parameter that it is placed as.
+        shares: whether ranks of the default process group, which all hold the same plain tensors, share out the work.
+    """
+    kinds: dict[Any, list[int]] = {}
+    for index, param in enumerate(params):
+        kinds.setdefault(getattr(param, "device_mesh", None) if is_cut(param) else None, []).append(index)
+    results: dict[int, Tensor] = {}
+    for mesh, indices in kinds.items():
+        some, likes = [parts[index] for index in indices], [params[index] for index in indices]
+        if mesh is not None:
+            made = _over_mesh(function, some, likes)
+        elif shares and _world_size() > 1 and not any(map(is_sharded, likes)):
+            made = _over_world(function, some)
+        else:
+            made = function(some)
+        results.update(zip(indices, made, strict=True))
+    return [results[index] for index in range(len(params))]
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _owners(shapes: Sequence[Sequence[int]], ranks: int) -> list[int]:
+    """For each tensor the rank that computes it: the largest first, each to who has least to do."""
+    loads, owners = [0] * ranks, [0] * len(shapes)
+    numels = [math.prod(shape) for shape in shapes]
+    for index in sorted(range(len(shapes)), key=lambda index: -numels[index]):
+        owner = loads.index(min(loads))
+        owners[index] = owner
+        loads[owner] += numels[index]
+    return owners
+
+
+def _over_world(function: WholeFunction, tensors: list[Tensor]) -> list[Tensor]:
+    """All ranks have the same tensors; owners send what they have computed."""
+    owners, rank = _owners([tensor.shape for tensor in tensors], _world_size()), dist.get_rank()
+    mine = [index for index, owner in enumerate(owners) if owner == rank]
+    made = dict(zip(mine, function([tensors[index] for index in mine]), strict=True))
+    results = [
+        made[index].contiguous()
+        if index in made
+        else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        for index, tensor in enumerate(tensors)
+    ]
+    sent = [dist.broadcast(result, owner, async_op=True) for result, owner in zip(results, owners, strict=True)]
+    for work in sent:
+        if work is not None:
+            work.wait()
+    return results
+
+
+def _over_mesh(function: WholeFunction, parts: list[Tensor], params: Sequence[Any]) -> list[Tensor]:
+    """Each rank of a mesh has a part."""
+    from torch.distributed.tensor import Partial  # noqa: PLC0415 - costs time that few need to spend
+
+    mesh = params[0].device_mesh
+    owners, rank = _owners([param.shape for param in params], mesh.size()), _place_in(mesh)
+    wholes = {index: whole for index, whole in enumerate(_gathered(parts, params)) if owners[index] == rank}
+    made = dict(zip(wholes, function(list(wholes.values())), strict=True))
+    results = []
+    for index, (part, param) in enumerate(zip(parts, params, strict=True)):
+        whole = made[index] if index in made else part.new_zeros(param.shape)
+        summands = type(param.data).from_local(whole.contiguous(), mesh, [Partial()] * mesh.ndim, run_check=False)
+        results.append(_waited(summands.redistribute(placements=param.placements).to_local()))
+    return results
+
+
+def _gathered(parts: list[Tensor], params: Sequence[Any]) -> Iterator[Tensor]:
+    """The whole tensors, of which the next is on its way while one is looked at."""
+    pending = None
+    for part, param in zip(parts, params, strict=True):
+        begun = _whole(part, param)
+        if pending is not None:
+            yield _waited(pending)
+        pending = begun
+    if pending is not None:
+        yield _waited(pending)
+
+
+def _whole(part: Tensor, param: Any) -> Any:
+    from torch.distributed.tensor import Replicate  # noqa: PLC0415 - as above
+
+    stride = torch.empty(param.shape, device="meta").stride()
+    sharded = type(param.data).from_local(
+        part.contiguous(), param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=stride
+    )
+    return sharded.redistribute(placements=[Replicate()] * param.device_mesh.ndim, async_op=True).to_local()
+
+
+def _waited(tensor: Any) -> Tensor:
+    """What a collective has filled."""
+    result: Tensor = tensor.wait() if hasattr(tensor, "wait") else tensor
+    return result
+
+
+def _place_in(mesh: Any) -> int:
+    """This rank's place among all of a mesh."""
+    place = 0
+    for size, coordinate in zip(mesh.shape, mesh.get_coordinate(), strict=True):
+        place = place * size + coordinate
+    return place
