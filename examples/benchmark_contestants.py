@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from benchmark_shapes import Workload
 from stac_optimizer import STAC, parameters_where
+from stac_optimizer.optim import Muon
 
 __all__ = ["BASELINE", "CONTESTANTS", "Contestant", "LeftOutError"]
 
@@ -54,6 +55,46 @@ def whole(**arguments: Any) -> Callable[[Workload], Optimizer]:
     return lambda workload: STAC(workload.named(), last_n_layers=0, **SHARED, **arguments)
 
 
+class InTurn(Optimizer):
+    """Several optimizers as users step them by hand, one after the other."""
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
+        self.optimizers = optimizers
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody here gives a closure
+        for optimizer in self.optimizers:
+            optimizer.step()
+            self.state.update(optimizer.state)
+
+
+def torch_muon_and_adamw(workload: Workload) -> Optimizer:
+    """torch's Muon for the trunk's matrices and its AdamW for all else."""
+    if not hasattr(torch.optim, "Muon"):
+        raise LeftOutError("this torch has no Muon")
+    if not workload.trunk_matrices():
+        raise LeftOutError("these shapes have no matrices")
+    muon = torch.optim.Muon(workload.trunk_matrices(), adjust_lr_fn="match_rms_adamw", **SHARED)
+    return InTurn([muon, torch.optim.AdamW(workload.others(), **SHARED)])
+
+
+def stac_muon(**arguments: Any) -> Callable[[Workload], Optimizer]:
+    """STAC with the same in one object."""
+
+    def build(workload: Workload) -> Optimizer:
+        if not workload.trunk_matrices():
+            raise LeftOutError("these shapes have no matrices")
+        names = {id(parameter): name for name, parameter in workload.named()}
+        roles = {"trunk": workload.trunk_matrices(), "cap": workload.others()}
+        groups = [
+            {"params": [(names[id(parameter)], parameter) for parameter in parameters], "stac_role": role}
+            for role, parameters in roles.items()
+        ]
+        return STAC(groups, trunk_optimizer=partial(Muon, **arguments), **SHARED)
+
+    return build
+
+
 def overridden(**arguments: Any) -> Callable[[Workload], Optimizer]:
     """STAC as a trunk alone, every other tensor under an override, and so in a second group."""
 
@@ -76,8 +117,8 @@ def two_groups(workload: Workload) -> Optimizer:
     return torch.optim.AdamW(groups, **SHARED)
 
 
-def peer(path: str, *, matrices: bool = False, cuda: bool = False, **arguments: Any) -> Callable[[Workload], Optimizer]:
-    """An optimizer by its import path; of the trunk's matrices alone, or for CUDA alone, where so said."""
+def peer(path: str, *, cuda: bool = False, **arguments: Any) -> Callable[[Workload], Optimizer]:
+    """An optimizer by its import path; for CUDA alone, where so said."""
 
     def build(workload: Workload) -> Optimizer:
         module, _, name = path.rpartition(".")
@@ -87,10 +128,7 @@ def peer(path: str, *, matrices: bool = False, cuda: bool = False, **arguments: 
             raise LeftOutError(str(error)) from error
         if cuda and workload.device.type != "cuda":
             raise LeftOutError("runs on CUDA alone")
-        params = workload.trunk_matrices() if matrices else workload.parameters
-        if not params:
-            raise LeftOutError("these shapes have no matrices")
-        optimizer: Optimizer = make(params, **SHARED, **arguments)
+        optimizer: Optimizer = make(workload.parameters, **SHARED, **arguments)
         return optimizer
 
     return build
@@ -104,7 +142,9 @@ CONTESTANTS = (
     Contestant("AdamW two groups", two_groups),
     Contestant("Adam foreach", peer("torch.optim.Adam", foreach=True)),
     Contestant("SGD momentum fused", peer("torch.optim.SGD", momentum=0.9, fused=True)),
-    Contestant("Muon, trunk's matrices", peer("torch.optim.Muon", matrices=True)),
+    Contestant("Muon + AdamW by hand", torch_muon_and_adamw),
+    Contestant("STAC Muon", stac_muon()),
+    Contestant("STAC Muon float32", stac_muon(ns_dtype=torch.float32)),
     Contestant("STAC trunk", stac()),
     Contestant("STAC trunk foreach", stac(foreach=True)),
     Contestant("STAC trunk fused", stac(fused=True)),

@@ -39,10 +39,10 @@ def transformer_block(name: str, width: int) -> Iterator[Entry]:
     yield from affine(f"{name}.mlp.out", (width, 4 * width))
 
 
-def gpt2(*, width: int, depth: int) -> Iterator[Entry]:
+def gpt2(*, width: int, depth: int, vocabulary: int = 50257, context: int = 1024) -> Iterator[Entry]:
     """GPT-2, its head tied to the token embedding; the cap is made of embeddings and norms."""
-    yield Entry("wte.weight", (50257, width), in_cap=True)
-    yield Entry("wpe.weight", (1024, width), in_cap=True)
+    yield Entry("wte.weight", (vocabulary, width), in_cap=True)
+    yield Entry("wpe.weight", (context, width), in_cap=True)
     for block in range(depth):
         yield from transformer_block(f"h.{block}", width)
     yield from affine("ln_f", (width,), in_cap=True)
@@ -84,6 +84,7 @@ def resnet50() -> Iterator[Entry]:
 SHAPES: dict[str, Callable[[], Iterable[Entry]]] = {
     "gpt2-small": lambda: gpt2(width=768, depth=12),
     "gpt2-xl": lambda: gpt2(width=1600, depth=48),
+    "char-lm-wide": lambda: gpt2(width=128, depth=4, vocabulary=100, context=64),
     "resnet50": resnet50,
     "vit-b16": vit_b16,
     "many-tiny": lambda: [Entry(f"tensors.{index}", (64,)) for index in range(2000)],
@@ -125,6 +126,11 @@ class Workload:
     def trunk_matrices(self) -> list[nn.Parameter]:
         """Return what Muon is made for: the matrices, without embeddings and heads."""
         return [parameter for _, parameter in self.named(in_cap=False) if parameter.ndim == 2]
+
+    def others(self) -> list[nn.Parameter]:
+        """Return all that are no matrices of the trunk."""
+        matrices = set(map(id, self.trunk_matrices()))
+        return [parameter for parameter in self.parameters if id(parameter) not in matrices]
 
     @property
     def weights(self) -> int:

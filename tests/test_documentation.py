@@ -20,13 +20,15 @@ from stac_optimizer import STAC
 from tests.runs import stepped
 from tests.support import assert_same_bits, set_gradients
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted((ROOT / "docs").glob("*.md"))
 MODULES = ["stac_optimizer", *(m.name for m in pkgutil.walk_packages(stac_optimizer.__path__, "stac_optimizer."))]
 
 
-def blocks(language: str) -> list[str]:
-    """The README's fenced blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    """The fenced blocks of a language, the README's or another page's."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def test_readme_python_runs_from_top_to_bottom(capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,13 +41,12 @@ def test_readme_python_runs_from_top_to_bottom(capsys: pytest.CaptureFixture[str
     assert printed[: len(shown)] == shown
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
-def test_readme_muon_leaves_all_but_matrices_to_the_cap() -> None:
-    namespace: dict[str, Any] = {}
-    (muon,) = (code for code in blocks("py") if "Muon" in code)
-    for code in (*blocks("python"), muon):
-        exec(compile(code, "README.md", "exec"), namespace)
-    assert namespace["optimizer"].partition.moved == ("0.bias", "1.weight", "1.bias")
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_of_a_page_runs_from_top_to_bottom(page: Path) -> None:
+    torch.manual_seed(0)
+    namespace: dict[str, object] = {}
+    for code in blocks("python", page.read_text(encoding="utf-8")):
+        exec(compile(code, page.name, "exec"), namespace)
 
 
 def test_readme_way_back_goes_on_as_adamw() -> None:

@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from stac_optimizer import optim
+from stac_optimizer import optim, recipes
 from stac_optimizer.distributed.vote import MajorityVote
 from stac_optimizer.model.layers import STACLayer
 from stac_optimizer.model.partition import STACPartition, partition_trainable_layers
@@ -36,6 +36,7 @@ __all__ = [
     "optim",
     "parameters_where",
     "partition_trainable_layers",
+    "recipes",
     "vectors",
     "where",
 ]

@@ -103,8 +103,8 @@ class Rule(ABC):
         if not self.takes(param):
             has = f"is {param.dtype}" if param.is_complex() else f"has {param.ndim} dimension" + "s" * (param.ndim != 1)
             return (
-                f"{has}, and {self.name} updates whole matrices of real numbers; give what is none to another optimizer, as "
-                "STAC's cap, and do not flatten parameters, as ZeRO and DeepSpeed do"
+                f"{has}, and {self.name} updates whole matrices of real numbers; give what is none to another "
+                "optimizer, as STAC's cap, and do not flatten parameters, as ZeRO and DeepSpeed do"
             )
         if param.requires_grad and param.dtype not in DTYPES:
             return _no_arithmetic(f"is {param.dtype}")

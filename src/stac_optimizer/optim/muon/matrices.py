@@ -12,7 +12,7 @@ from stac_optimizer.optim.muon.newton_schulz import signs_of_stack
 from stac_optimizer.rule import Group
 from stac_optimizer.tensors.torch_private import has_fast_bfloat16
 
-__all__ = ["RATIOS", "matrices_shape", "signs_of_matrices"]
+__all__ = ["RATIOS", "matrices_shape", "ratio_of", "signs_of_matrices"]
 
 # Liu et al. (https://arxiv.org/abs/2502.16982): the root mean square of AdamW's steps, about 0.2, whatever the shape.
 RMS_OF_ADAMW = 0.2
@@ -32,32 +32,40 @@ def matrices_shape(shape: Sequence[int], group: Group) -> tuple[int, int, int]:
     return math.prod(shape[:batch_dims]) * row_blocks, rows // row_blocks, math.prod(rest)
 
 
+def ratio_of(shape: Sequence[int], group: Group) -> float:
+    """What the signs of the matrices of a parameter are multiplied by."""
+    _, rows, columns = matrices_shape(shape, group)
+    return RATIOS[group["adjust_lr"]](rows, columns) if rows and columns else 1.0
+
+
 def signs_of_matrices(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
-    """Of each tensor the signs of its matrices, times the ratio of their shape.
+    """Of each tensor the signs of its matrices, in the dtype of the products.
 
     Matrices of one shape, or of its transpose, are multiplied as one stack; on the single-tensor path one parameter's.
     """
     stacks = [tensor.reshape(matrices_shape(tensor.shape, group)) for tensor in tensors]
-    are_tall = [stack.shape[1] > stack.shape[2] for stack in stacks]
-    wide = [stack.mT if is_tall else stack for stack, is_tall in zip(stacks, are_tall, strict=True)]
+    wide = [stack.mT if stack.shape[1] > stack.shape[2] else stack for stack in stacks]
     alike: dict[object, list[int]] = {}
     for index, stack in enumerate(wide):
         alike.setdefault(index if group["foreach"] is False else stack.shape[1:], []).append(index)
     results: dict[int, Tensor] = {}
     for indices in alike.values():
-        some = [wide[index] for index in indices]
-        signs = _signs(some[0] if len(some) == 1 else torch.cat(some), group)
-        results.update(zip(indices, signs.split([stack.shape[0] for stack in some]), strict=True))
-    ratio = RATIOS[group["adjust_lr"]]
-    made = []
-    for index, (tensor, stack) in enumerate(zip(tensors, stacks, strict=True)):
-        signs = results[index].mT if are_tall[index] else results[index]
-        made.append((signs * (ratio(*stack.shape[1:]) if stack.numel() else 1.0)).reshape(tensor.shape))
-    return made
+        together = _stacked([wide[index] for index in indices], _dtype_of_products(wide[indices[0]], group))
+        signs = signs_of_stack(together, group["ns_steps"], group["ns_coefficients"])
+        results.update(zip(indices, signs.split([wide[index].shape[0] for index in indices]), strict=True))
+    return [
+        (results[index] if wide[index] is stack else results[index].mT).reshape(tensor.shape)
+        for index, (tensor, stack) in enumerate(zip(tensors, stacks, strict=True))
+    ]
 
 
-def _signs(stack: Tensor, group: Group) -> Tensor:
-    return signs_of_stack(stack, group["ns_steps"], group["ns_coefficients"], _dtype_of_products(stack, group))
+def _stacked(stacks: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """One stack of them all, in this dtype."""
+    sizes = [stack.shape[0] for stack in stacks]
+    result = stacks[0].new_empty((sum(sizes), *stacks[0].shape[1:]), dtype=dtype)
+    for part, stack in zip(result.split(sizes), stacks, strict=True):
+        part.copy_(stack)
+    return result
 
 
 def _dtype_of_products(stack: Tensor, group: Group) -> torch.dtype:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from stac_optimizer.optim.muon.matrices import RATIOS, signs_of_matrices
+from stac_optimizer.optim.muon.matrices import RATIOS, ratio_of, signs_of_matrices
 from stac_optimizer.optimizer import RuleOptimizer
 from stac_optimizer.rule import (
     Flags,
@@ -37,6 +37,7 @@ from stac_optimizer.rule.averages import (
     warning_of_stuck,
 )
 from stac_optimizer.rule.common import decay_, mask_
+from stac_optimizer.tensors.precision import foreach_upcast
 from stac_optimizer.validation import boolean, count, finite, named_dtype, one_of, unit_fraction
 
 if TYPE_CHECKING:
@@ -137,11 +138,16 @@ class MuonRule(Rule):
             averages = state["exp_avg"]
             torch._foreach_lerp_(averages, grads, 1 - momentum)
             directions = list(torch._foreach_lerp(grads, averages, momentum)) if group["nesterov"] else averages
-        steps = wholes.apply(partial(signs_of_matrices, group=group), directions)
+        signs = wholes.apply(partial(signs_of_matrices, group=group), directions)
         if group["cautious"]:
-            mask_(steps, grads, wholes)
-        torch._foreach_mul_(steps, group["lr"])
-        torch._foreach_sub_(params, steps)
+            signs = foreach_upcast(signs, params[0].dtype)
+            mask_(signs, grads, wholes)
+        for param, sign, shape in zip(params, signs, wholes.shapes, strict=True):
+            length = group["lr"] * ratio_of(shape, group)
+            if isinstance(length, Tensor):
+                param.sub_(sign.to(param.dtype) * length)
+            else:
+                param.add_(sign, alpha=-length)
 
 
 class Muon(RuleOptimizer):
