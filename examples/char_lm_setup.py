@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from char_lm import CharTransformer, Corpus
-from stac_optimizer import STAC, embeddings, last_layers, norms, partition_trainable_layers
+from stac_optimizer import STAC, embeddings, last_layers, norms, partition_trainable_layers, recipes
 
 __all__ = [
     "Settings",
@@ -24,6 +24,7 @@ __all__ = [
     "make_schedule",
     "make_stac",
     "refuse_other_settings",
+    "refuse_unread_settings",
 ]
 
 T = TypeVar("T")
@@ -52,7 +53,10 @@ class Settings:
     heads: int = setting(4, "attention heads per block")
     tied: bool = setting(False, "use the token embedding as the output head")
     seed: int = setting(0, "of the first weights and of the batches")
-    weight_decay: float = setting(0.01, "weight decay of both, save in STAC's trunk")
+    recipe: bool = setting(True, "STAC by its recipe for transformers; else with the sign trunk of the stac options")
+    recipe_lr: float = setting(1e-2, "the learning rate that the recipe is given")
+    recipe_weight_decay: float = setting(0.1, "the weight decay that the recipe is given")
+    weight_decay: float = setting(0.01, "weight decay of AdamW and of STAC's cap, but for the recipe's")
     adamw_trunk_lr: float = setting(4e-3, "AdamW's learning rate for the matrices of the blocks")
     adamw_cap_lr: float = setting(3e-2, "AdamW's learning rate for all else")
     stac_trunk_lr: float = setting(1.2e-3, "STAC's learning rate for the matrices of the blocks, its trunk")
@@ -88,6 +92,18 @@ def given_settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return those of the settings that the command line gave."""
     names = [entry.name for entry in fields(Settings)]
     return {name: getattr(options, name) for name in names if hasattr(options, name)}
+
+
+def refuse_unread_settings(given: Mapping[str, Any], settings: Settings) -> None:
+    """Raise where the command line gave what STAC's chosen form would not read.
+
+    Raises:
+        ValueError: the first such setting.
+    """
+    unread, remedy = ("stac_", "add --no-recipe") if settings.recipe else ("recipe_", "leave out --no-recipe")
+    for name, value in given.items():
+        if name.startswith(unread):
+            raise ValueError(f"{name} = {value} would not be read: {remedy}")
 
 
 def refuse_other_settings(given: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
@@ -139,6 +155,9 @@ def make_adamw(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
 
 def make_stac(model: nn.Module, settings: Settings, **arguments: Any) -> STAC:
     """Return STAC with the matrices inside the blocks as its trunk and all else as its cap; more arguments are its."""
+    if settings.recipe:
+        recipe = recipes.transformer(settings.recipe_lr, weight_decay=settings.recipe_weight_decay)
+        return STAC(model, **recipe, **arguments)
     return STAC(
         model,
         cap=CAP,

@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Outcome]]:
     print(f"{'weights and state':34}{'weight bytes':>14}{'state bytes':>13}{'mean loss':>11}  by seed")
     outcomes: dict[str, list[Outcome]] = {}
     for regime in REGIMES:
-        runs = [train(regime, Settings(steps=options.steps, seed=seed), corpus) for seed in options.seeds]
+        runs = [train(regime, Settings(recipe=False, steps=options.steps, seed=seed), corpus) for seed in options.seeds]
         outcomes[regime.name] = runs
         losses = [run.loss for run in runs]
         by_seed = " ".join(f"{loss:.4f}" for loss in losses)

@@ -42,6 +42,7 @@ from char_lm_setup import (
     make_schedule,
     make_stac,
     refuse_other_settings,
+    refuse_unread_settings,
 )
 from checkpoint_file import load_checkpoint, save_checkpoint
 from checkpoint_options import add_checkpoint_options, check_checkpoint_options, is_due
@@ -197,7 +198,9 @@ def open_run(options: argparse.Namespace) -> Run:
     given = given_settings(options)
     device = torch.device(options.device)
     if options.resume is None:
-        return Run(Settings(**given), load_corpus(), device)
+        settings = Settings(**given)
+        refuse_unread_settings(given, settings)
+        return Run(settings, load_corpus(), device)
     checkpoint = load_checkpoint(options.resume, CHECKPOINT_KEYS)
     stored = checkpoint["settings"]
     refuse_other_settings(given, stored)

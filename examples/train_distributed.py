@@ -50,6 +50,7 @@ from char_lm_setup import (
     make_schedule,
     make_stac,
     refuse_other_settings,
+    refuse_unread_settings,
 )
 from checkpoint_folder import folder_to_load, load_folder, save_folder
 from checkpoint_options import add_checkpoint_options, check_checkpoint_options, is_due
@@ -215,11 +216,13 @@ def open_run(options: argparse.Namespace) -> Run:
     Raises:
         ValueError: a setting is out of range, or differs from the one the checkpoint was made with; there is none.
     """
-    # Votes cannot be cautious, and strategies are to differ in nothing else.
-    given = {"stac_trunk_cautious": False} | given_settings(options)
+    # Votes are for the sign trunk, and cannot be cautious; strategies are to differ in nothing else.
+    given = {"recipe": False, "stac_trunk_cautious": False} | given_settings(options)
     corpus = load_corpus()
     if options.resume is None:
-        return Run(options, Settings(**given), corpus)
+        settings = Settings(**given)
+        refuse_unread_settings(given_settings(options), settings)
+        return Run(options, settings, corpus)
     folder = folder_to_load(options.resume)
     if folder is None:
         raise ValueError(f"there is no checkpoint in {options.resume}")

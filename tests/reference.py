@@ -97,15 +97,15 @@ def muon(p: Array, g: Array, state: State, h: Mapping[str, Any]) -> Result:
     mu = h["momentum"]
     m = mu * state.get("exp_avg", np.zeros_like(g)) + (1 - mu) * g
     d = mu * m + (1 - mu) * g if h["nesterov"] and mu else m
-    matrix = d.reshape(d.shape[0], int(np.prod(d.shape[1:])))
-    signs = [msign(block, h) for block in np.split(matrix, h["row_blocks"])]
-    rows, columns = signs[0].shape
+    batch, (rows, *rest) = d.shape[: h["batch_dims"]], d.shape[h["batch_dims"] :]
+    rows, columns = rows // h["row_blocks"], int(np.prod(rest))
+    matrices = d.reshape(int(np.prod(batch)) * h["row_blocks"], rows, columns)
     ratio = {
         "match_rms_adamw": 0.2 * max(rows, columns) ** 0.5,
         "original": max(1.0, rows / max(columns, 1)) ** 0.5,
         "spectral": (rows / max(columns, 1)) ** 0.5,
     }[h["adjust_lr"]]
-    whole = ratio * np.concatenate(signs).reshape(d.shape)
+    whole = ratio * np.stack([msign(matrix, h) for matrix in matrices]).reshape(d.shape)
     step = _cautious(whole, g) if h["cautious"] and p.size else whole
     p = p * (1 - h["lr"] * h["weight_decay"])
     return Result(p - h["lr"] * step, {"exp_avg": m} if mu else {}, whole if h["cautious"] else None)

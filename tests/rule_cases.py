@@ -109,7 +109,7 @@ def _muon(name: str, **arguments: Any) -> RuleCase:
         reference=reference.muon,
         paths={"single": PATHS["single"], "foreach": PATHS["foreach"]},
         agrees_by_bits=False,
-        slack=16.0,
+        slack=24.0,  # sums of products in each of five iterations; measured 19
         dtypes=tuple(dtype for dtype in DTYPES if dtype in (torch.float32, torch.bfloat16, torch.float16)),
     )
 
@@ -136,6 +136,7 @@ RULE_CASES = (
     _muon("default"),
     _muon("maximize", maximize=True, momentum=0.5, nesterov=False),
     _muon("no-momentum", momentum=0.0, weight_decay=0.0, adjust_lr="original", ns_steps=3),
+    _muon("blocks", row_blocks=2),
     _muon("cautious", cautious=True, adjust_lr="spectral"),
     _muon("cautious-maximize", cautious=True, maximize=True),
 )

@@ -17,7 +17,16 @@ from stac_optimizer import STAC
 from tests.ranks import run_ranks
 from tests.support import assert_same_bits, wide_model
 
-__all__ = ["Gradients", "assert_shards_step_as_whole", "distributed", "full", "shard_each", "shard_in_part"]
+__all__ = [
+    "Gradients",
+    "Sharding",
+    "assert_shards_step_as_whole",
+    "distributed",
+    "full",
+    "shard_each",
+    "shard_in_part",
+    "trained",
+]
 
 STEPS = 50
 
@@ -85,8 +94,9 @@ def trained(shard: Sharding, arguments: dict[str, Any]) -> dict[str, Any]:
     arguments = copy.deepcopy(arguments)
     model = arguments.pop("make", wide_model)(0, arguments.pop("dtype", torch.float32))
     shard(model)
+    steps = arguments.pop("steps", STEPS)
     gradients, optimizer = Gradients(model), STAC(model, **{"lr": 1e-2, **arguments})
-    for seed in range(STEPS):
+    for seed in range(steps):
         gradients.set(seed)
         optimizer.step()
     held = {name: (param.detach(), optimizer.state[param]) for name, param in model.named_parameters()}
@@ -127,7 +137,7 @@ def assert_shards_step_as_whole(
     Args:
         shard: is called with each model on each rank; a function of a module's top level.
         world_size: how many ranks; they are started once, for all cases.
-        cases: by name the arguments of STAC; besides them the model's ``dtype``, and ``make`` to make it.
+        cases: by name the arguments of STAC; besides them the model's ``dtype``, ``make`` to make it, and ``steps``.
         folder: for the files of the whole ones.
     """
     for name, arguments in cases.items():

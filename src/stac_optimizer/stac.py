@@ -255,6 +255,7 @@ class STAC(RuleOptimizer):
             cap=cap,
             include_frozen=include_frozen,
             trunk_takes=updaters["trunk"].takes_parameter,
+            trunk_only=updaters["trunk"].known - updaters["cap"].known,
         )
         roles = {plan.role for plan in plans}
         refuse_unread_shared(shared, {role: updaters[role] for role in ROLES if role in roles})

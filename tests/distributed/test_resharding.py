@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from stac_optimizer import STAC
+from stac_optimizer.optim import Muon
 from tests.ranks import run_ranks
 from tests.runs import has_flattened_without_state
 from tests.support import assert_same_bits, set_gradients, through_file
@@ -45,6 +47,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "int8-state": {"trunk_state_dtype": torch.int8},
     "bfloat16-state": {"trunk_state_dtype": torch.bfloat16},
     "tensor-lr": {"lr": torch.tensor(1e-2)},
+    "muon": {"trunk_optimizer": partial(Muon, foreach=False, ns_dtype="float32")},
     "never-a-gradient": {"absent": ABSENT},
 }
 # torch itself cannot make, or load, a state dict that is flattened and full: its AdamW fails likewise.
@@ -166,7 +169,8 @@ def _exchange_full_state_dicts(wrapper: str) -> None:
         sharded, twin, absent = _runs(arguments, wrapper)
         _step(sharded, twin, range(2), absent)
         whole = _model()
-        optimizer = STAC(whole, trunk_state_dtype=arguments.get("trunk_state_dtype"), lr=0.5)
+        of_trunk = {key: value for key, value in arguments.items() if key in ("trunk_state_dtype", "trunk_optimizer")}
+        optimizer = STAC(whole, **of_trunk, lr=0.5)
         set_optimizer_state_dict(whole, optimizer, through_file(get_optimizer_state_dict(*sharded, options=full)))
         assert_same_bits(optimizer.state_dict()["state"], twin[1].state_dict()["state"], case)
         back, _, _ = _runs(arguments, wrapper, seed=1)
@@ -248,7 +252,7 @@ def _load(run: Run, folder: Path, options: dict[str, Any], planner: DefaultLoadP
     ("world_sizes", "options", "cases"),
     [
         pytest.param((2, 4, 1), {}, list(ARGUMENTS), id="2-4-1"),
-        pytest.param((2, 1, 3), {}, ["default", "int8-state"], id="2-1-3"),
+        pytest.param((2, 1, 3), {}, ["default", "int8-state", "muon"], id="2-1-3"),
         pytest.param((4, 2), {"flatten_optimizer_state_dict": True}, ["default", "momentum-0"], id="4-2-flattened"),
     ],
 )

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from stac_optimizer import STAC
-from stac_optimizer.optim import AdamW, Lion
+from stac_optimizer.optim import AdamW, Lion, Muon
 from tests.runs import Build, assert_equal_runs, built, stepped
 from tests.support import (
     assert_same_bits,
@@ -71,6 +71,13 @@ BUILDS = [
         "lion-cautious-rounding",
         dtype=torch.bfloat16,
         trunk_optimizer=partial(Lion, cautious=True, betas=(0.8, 0.9)),
+        stochastic_rounding=True,
+    ),
+    _row("muon", trunk_optimizer=Muon, weight_decay=0.1),
+    _row(
+        "muon-cautious-rounding",
+        dtype=torch.bfloat16,
+        trunk_optimizer=partial(Muon, cautious=True, ns_dtype=torch.float32, state_dtype="bfloat16"),
         stochastic_rounding=True,
     ),
     _row("lion-in-the-cap", cap_optimizer=Lion, trunk_optimizer=AdamW),

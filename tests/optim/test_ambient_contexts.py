@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from stac_optimizer import STAC, MajorityVote
-from stac_optimizer.optim import Lion
+from stac_optimizer.optim import Lion, Muon
 from stac_optimizer.stepping.ambient import NOTHING, neutral
 from tests.rule_cases import RULE_CASES, RuleCase, random_gradients, step_with, zoo
 from tests.runs import process_group
@@ -113,6 +114,11 @@ FLAGS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "rounding": (torch.bfloat16, {"stochastic_rounding": True}),
     "rounding-int8": (torch.bfloat16, {"stochastic_rounding": True, "trunk_state_dtype": torch.int8}),
     "lion-rounding": (torch.bfloat16, {"stochastic_rounding": True, "trunk_optimizer": Lion}),
+    "muon": (torch.float32, {"trunk_optimizer": Muon}),
+    "muon-rounding-int8": (
+        torch.bfloat16,
+        {"stochastic_rounding": True, "trunk_optimizer": partial(Muon, state_dtype="int8", cautious=True)},
+    ),
     "finite": (torch.float32, {"error_if_nonfinite": True, "amsgrad": True}),
     "tensor-lr": (torch.float32, {"lr": torch.tensor(0.01)}),
 }

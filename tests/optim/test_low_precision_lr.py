@@ -60,7 +60,7 @@ def test_steps_are_those_of_the_same_lr_in_float32(
 @pytest.mark.parametrize("low", LOW, ids=str)
 @pytest.mark.parametrize(("case", "path"), cases(on_cpu=True))
 def test_weights_without_gradient_decay(case: RuleCase, path: str, low: torch.dtype) -> None:
-    params = {"weight": nn.Parameter(torch.ones(300, 128)), "bias": nn.Parameter(torch.ones(5))}
+    params = case.taken({"weight": nn.Parameter(torch.ones(300, 128)), "bias": nn.Parameter(torch.ones(5))})
     lr = torch.tensor(LR, dtype=low)
     optimizer = built(case, path, params, lr, weight_decay=0.1)
     step_with(optimizer, params, {name: torch.zeros_like(param) for name, param in params.items()})

@@ -155,11 +155,12 @@ def test_mixed_dtypes_in_one_group_agree_by_bits(case: RuleCase) -> None:
         ("muon-default", "foreach"),
     ],
 )
-def test_compiled_step_agrees_by_bits(name: str, path: str) -> None:
+def test_compiled_step_agrees(name: str, path: str) -> None:
     """Traced into a graph, here run without inductor; tests/stack/test_ecosystem.py compiles for real."""
     case = BY_NAME[name]
     eager, traced = case.taken(zoo(torch.float32)), case.taken(zoo(torch.float32))
-    assert_traced_equals_eager((eager, case.optimizer(eager, path)), (traced, case.optimizer(traced, path)))
+    held = (eager, case.optimizer(eager, path)), (traced, case.optimizer(traced, path))
+    assert_traced_equals_eager(*held, by_bits=case.agrees_by_bits)
 
 
 # torch 2.6 warns of its own configuration while it logs what it compiles.
@@ -227,23 +228,25 @@ def test_sign_step_moves_each_weight_by_lr(kind: type[Signum] | type[Lion]) -> N
 
 
 def test_state_has_declared_keys_shapes_dtypes_and_layouts() -> None:
-    params = zoo(torch.bfloat16)
-    expected = {
+    expected: dict[str, set[str]] = {
         "signum-default": {"exp_avg"},
         "signum-no-momentum": set(),
         "adamw-default": {"exp_avg", "exp_avg_sq"},
         "adamw-amsgrad": {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"},
         "lion-default": {"exp_avg"},
+        "muon-default": {"exp_avg"},
+        "muon-no-momentum": set(),
     }
     for case_name, keys in expected.items():
+        params = BY_NAME[case_name].taken(zoo(torch.bfloat16))
         optimizer = BY_NAME[case_name].optimizer(params, "single")
-        step_with(optimizer, params, random_gradients(params, 0, skip={"layer.vector"}))
+        step_with(optimizer, params, random_gradients(params, 0, skip={"layer.sliced"}))
         for name, param in params.items():
             state = dict(optimizer.state[param])
             step = state.pop("step")
             assert (step.shape, step.dtype, step.device.type) == ((), torch.float32, "cpu")
-            assert step.item() == (0 if name == "layer.vector" else 1)
-            assert state.keys() == (set() if name == "layer.vector" else keys)
+            assert step.item() == (0 if name == "layer.sliced" else 1)
+            assert state.keys() == (set() if name == "layer.sliced" else keys)
             for value in state.values():
                 assert (value.shape, value.dtype) == (param.shape, param.dtype)
                 assert value.stride() == torch.zeros_like(param).stride()

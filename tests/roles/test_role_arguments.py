@@ -15,7 +15,7 @@ from torch import Tensor, nn, optim
 from torch.optim.lr_scheduler import StepLR
 
 from stac_optimizer import STAC, named, norms, vectors
-from stac_optimizer.optim import Lion
+from stac_optimizer.optim import Lion, Muon
 
 from ..support import assert_same_bits, set_gradients, small_model, snapshot
 from .guests import two_layers
@@ -106,7 +106,7 @@ def test_class_of_any_keywords_gets_the_lr() -> None:
     assert by_role(STAC(two_layers(), lr=0.5, trunk_optimizer=TakesAny), "lr") == {"trunk": 0.5, "cap": 0.5}
 
 
-@pytest.mark.parametrize("function", [Lion, optim.SGD, lambda groups: Lion(groups, lr=0.1), _flattens])
+@pytest.mark.parametrize("function", [Lion, Muon, optim.SGD, lambda groups: Lion(groups, lr=0.1), _flattens])
 def test_nonfinite_check_is_asked_of_every_function(function: Any) -> None:
     optimizer = STAC(two_layers(), trunk_optimizer=function, error_if_nonfinite=True)
     assert by_role(optimizer, "error_if_nonfinite") == {"trunk": True, "cap": True}
@@ -269,8 +269,9 @@ def test_argument_of_a_rule_beside_another_optimizer_is_to_be_written_there(role
     if bare in ("lr", "weight_decay", "optimizer"):
         return  # of any optimizer
     arguments: dict[str, Any] = {name: value, f"{role}_optimizer": Lion}
-    written = re.escape(f"{role}_optimizer=functools.partial(..., {bare}={value!r})")
-    with pytest.raises(ValueError, match=f"^{name} is for the {role}'s own .*{written}"):
+    there = f"write it there: {role}_optimizer=functools.partial(..., {bare}={value!r})"
+    remedy = re.escape(there if bare in ("betas", "cautious") else "leave it out, for Lion has none")
+    with pytest.raises(ValueError, match=f"^{name} is for the {role}'s own .*{remedy}$"):
         STAC(two_layers(), **arguments)
 
 

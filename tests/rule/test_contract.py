@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stac_optimizer import STAC, last_layers
-from stac_optimizer.optim import AdamW, Lion, Signum
+from stac_optimizer.optim import AdamW, Lion, Muon, Signum
 from stac_optimizer.optimizer import RuleOptimizer
 from stac_optimizer.rule import (
     COUNTER,
@@ -22,8 +22,8 @@ from stac_optimizer.rule import (
     Rule,
     StateLists,
     StateTensor,
-    Wholes,
     TensorList,
+    Wholes,
 )
 from stac_optimizer.validation import unit_fraction
 from tests.support import assert_same_bits, set_gradients, small_model, snapshot, take_steps, through_file
@@ -196,7 +196,9 @@ def test_parameter_that_was_flattened_after_construction_is_refused_before_anyth
     flat = nn.Parameter(torch.ones(12))
     flat.grad = torch.ones(12)
     optimizer.param_groups[0]["params"] = [flat]
-    with pytest.raises(RuntimeError, match=r"has 1 dimension.*do not flatten parameters, as ZeRO and DeepSpeed do. Nothing was changed"):
+    with pytest.raises(
+        RuntimeError, match=r"has 1 dimension.*do not flatten parameters, as ZeRO and DeepSpeed do. Nothing was changed"
+    ):
         optimizer.step()
     assert torch.equal(flat, torch.ones(12))
 
@@ -233,7 +235,7 @@ def test_parameters_that_cannot_be_are_refused(params: Any, error: type[Exceptio
         Scaled(params)
 
 
-@pytest.mark.parametrize("kind", [Signum, AdamW, Lion])
+@pytest.mark.parametrize("kind", [Signum, AdamW, Lion, Muon])
 def test_every_hyperparameter_is_an_argument_of_its_class(kind: type[RuleOptimizer]) -> None:
     known = set(inspect.signature(kind).parameters)
     assert {"lr", "weight_decay", *kind.rule.hyperparameters} <= known

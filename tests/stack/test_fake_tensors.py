@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from stac_optimizer import STAC
-from stac_optimizer.optim import AdamW, Lion, Signum
+from stac_optimizer.optim import AdamW, Lion, Muon, Signum
 from stac_optimizer.optim.signum.fused import fits_triton
 from stac_optimizer.tensors.pieces import Tensors
 from tests.support import assert_same_bits, set_units, small_model, snapshot
@@ -38,6 +38,11 @@ FLAGS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "lion-cautious-rounding": (
         torch.bfloat16,
         {"trunk_optimizer": partial(Lion, cautious=True), "stochastic_rounding": True},
+    ),
+    "muon": (torch.float32, {"trunk_optimizer": Muon}),
+    "muon-cautious-rounding-int8": (
+        torch.bfloat16,
+        {"trunk_optimizer": partial(Muon, cautious=True, state_dtype="int8"), "stochastic_rounding": True},
     ),
     "cap-only": (torch.float32, {"last_n_layers": 9}),
     "trunk-only": (torch.float32, {"last_n_layers": 0}),

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stac_optimizer import STAC
-from stac_optimizer.optim import AdamW, Lion, Signum
+from stac_optimizer.optim import AdamW, Lion, Muon, Signum
 from tests.support import assert_same_bits, set_gradients, set_units
 
 # What allocates nothing and writes nothing.
@@ -117,6 +117,11 @@ def stac(model: nn.Module, **arguments: Any) -> STAC:
     return STAC(groups, lr=0.01, **arguments)
 
 
+def mixed(model: nn.Module, **arguments: Any) -> STAC:
+    """Of the model itself, whose vectors a trunk of matrices leaves to the cap."""
+    return STAC(model, lr=0.01, last_n_layers=2, **arguments)
+
+
 def alone(model: nn.Module, kind: Any, **arguments: Any) -> Any:
     """A class alone, with a group for each layer."""
     groups = [
@@ -140,6 +145,11 @@ CASES: Mapping[str, tuple[torch.dtype, Callable[[nn.Module], Any]]] = {
     "complex": (COMPLEX, stac),
     "lion": (FLOAT, partial(stac, trunk_optimizer=partial(Lion, cautious=True))),
     "lion-rounding": (HALF, partial(alone, kind=Lion, stochastic_rounding=True, foreach=True)),
+    "muon": (FLOAT, partial(mixed, trunk_optimizer=partial(Muon, cautious=True))),
+    "muon-int8": (
+        HALF,
+        partial(mixed, trunk_optimizer=partial(Muon, state_dtype="int8", ns_steps=1), stochastic_rounding=True),
+    ),
     "signum-alone": (FLOAT, partial(alone, kind=Signum, maximize=True)),
     "adamw-alone": (FLOAT, partial(alone, kind=AdamW, amsgrad=True, foreach=True)),
     "guest-in-trunk": (FLOAT, partial(stac, trunk_optimizer=torch.optim.NAdam)),

@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
 
 from stac_optimizer import STAC
-from stac_optimizer.optim import AdamW, Lion, Signum
+from stac_optimizer.optim import AdamW, Lion, Muon, Signum
 from tests.support import assert_same_bits, names_of_gradients, seeded_loss, small_model
 
 Build = Callable[[nn.Module], Any]
@@ -30,6 +30,7 @@ BUILDS: dict[str, Build] = {
     "Signum": lambda model: Signum(model.named_parameters()),
     "AdamW": lambda model: AdamW(model.named_parameters()),
     "Lion": lambda model: Lion(model.named_parameters()),
+    "Muon": partial(STAC, trunk_optimizer=Muon),
 }
 each_build = pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from stac_optimizer import STAC, named, vectors
-from stac_optimizer.optim import Lion
+from stac_optimizer.optim import Lion, Muon
 from stac_optimizer.stepping import watch
 from tests.support import seeded_loss, set_gradients, small_model, take_steps
 
@@ -100,6 +100,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "roles": {},
     "tensor lr": {"lr": torch.tensor(0.1)},
     "rule in the trunk": {"trunk_optimizer": Lion, "trunk_lr": 0.075},
+    "rule of matrices in the trunk": {"trunk_optimizer": Muon, "trunk_lr": 0.075},
     "rule in the cap": {"cap_optimizer": Lion},
     "foreign trunk": {"trunk_optimizer": torch.optim.SGD, "trunk_lr": 0.075},
     "overrides": {"overrides": [(vectors(), {"lr_ratio": 0.5})]},

@@ -32,7 +32,7 @@ def ranks_to_deal_to(params: Sequence[Tensor], *, shares: bool) -> int:
 
 
 def dealt_out(
-    function: WholeFunction, parts: Sequence[Tensor], params: Sequence[Tensor], *, shares: bool
+    function: WholeFunction, parts: Sequence[Tensor], params: Sequence[Tensor], *, dtype: torch.dtype, shares: bool
 ) -> list[Tensor]:
     """This rank's parts of what a function makes of whole tensors; a collective (Note [Dealing]).
 
@@ -40,8 +40,11 @@ def dealt_out(
         function: what to compute.
         parts: this rank's parts of the tensors.
         params: for each the parameter that it is placed as.
+        dtype: of the results, in which they travel.
         shares: whether ranks of the default process group, which all hold the same plain tensors, share out the work.
     """
+    # However they lie: products of other strides are rounded otherwise.
+    parts = [part.contiguous() for part in parts]
     kinds: dict[Any, list[int]] = {}
     for index, param in enumerate(params):
         kinds.setdefault(getattr(param, "device_mesh", None) if is_cut(param) else None, []).append(index)
@@ -49,9 +52,9 @@ def dealt_out(
     for mesh, indices in kinds.items():
         some, likes = [parts[index] for index in indices], [params[index] for index in indices]
         if mesh is not None:
-            made = _over_mesh(function, some, likes)
+            made = _over_mesh(function, some, likes, dtype)
         elif shares and _world_size() > 1 and not any(map(is_sharded, likes)):
-            made = _over_world(function, some)
+            made = _over_world(function, some, dtype)
         else:
             made = function(some)
         results.update(zip(indices, made, strict=True))
@@ -73,15 +76,15 @@ def _owners(shapes: Sequence[Sequence[int]], ranks: int) -> list[int]:
     return owners
 
 
-def _over_world(function: WholeFunction, tensors: list[Tensor]) -> list[Tensor]:
+def _over_world(function: WholeFunction, tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """All ranks have the same tensors; owners send what they have computed."""
     owners, rank = _owners([tensor.shape for tensor in tensors], _world_size()), dist.get_rank()
     mine = [index for index, owner in enumerate(owners) if owner == rank]
     made = dict(zip(mine, function([tensors[index] for index in mine]), strict=True))
     results = [
-        made[index].contiguous()
+        made[index].to(dtype).contiguous()
         if index in made
-        else torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        else torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
         for index, tensor in enumerate(tensors)
     ]
     sent = [dist.broadcast(result, owner, async_op=True) for result, owner in zip(results, owners, strict=True)]
@@ -91,19 +94,16 @@ def _over_world(function: WholeFunction, tensors: list[Tensor]) -> list[Tensor]:
     return results
 
 
-def _over_mesh(function: WholeFunction, parts: list[Tensor], params: Sequence[Any]) -> list[Tensor]:
+def _over_mesh(function: WholeFunction, parts: list[Tensor], params: Sequence[Any], dtype: torch.dtype) -> list[Tensor]:
     """Each rank of a mesh has a part."""
-    from torch.distributed.tensor import Partial  # noqa: PLC0415 - costs time that few need to spend
-
     mesh = params[0].device_mesh
     owners, rank = _owners([param.shape for param in params], mesh.size()), _place_in(mesh)
     wholes = {index: whole for index, whole in enumerate(_gathered(parts, params)) if owners[index] == rank}
     made = dict(zip(wholes, function(list(wholes.values())), strict=True))
     results = []
     for index, (part, param) in enumerate(zip(parts, params, strict=True)):
-        whole = made[index] if index in made else part.new_zeros(param.shape)
-        summands = type(param.data).from_local(whole.contiguous(), mesh, [Partial()] * mesh.ndim, run_check=False)
-        results.append(_waited(summands.redistribute(placements=param.placements).to_local()))
+        whole = made[index].to(dtype) if index in made else part.new_zeros(param.shape, dtype=dtype)
+        results.append(_cut(whole, param))
     return results
 
 
@@ -120,13 +120,25 @@ def _gathered(parts: list[Tensor], params: Sequence[Any]) -> Iterator[Tensor]:
 
 
 def _whole(part: Tensor, param: Any) -> Any:
-    from torch.distributed.tensor import Replicate  # noqa: PLC0415 - as above
+    from torch.distributed.tensor import Replicate  # noqa: PLC0415 - costs time that few need to spend
 
     stride = torch.empty(param.shape, device="meta").stride()
     sharded = type(param.data).from_local(
-        part.contiguous(), param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=stride
+        part, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=stride
     )
     return sharded.redistribute(placements=[Replicate()] * param.device_mesh.ndim, async_op=True).to_local()
+
+
+def _cut(whole: Tensor, param: Any) -> Tensor:
+    """This rank's part of the sum over ranks."""
+    from torch.distributed.tensor import Partial, Replicate  # noqa: PLC0415 - as above
+
+    mesh = param.device_mesh
+    summands = type(param.data).from_local(whole.contiguous(), mesh, [Partial()] * mesh.ndim, run_check=False)
+    if any(hasattr(placement, "split_factor") for placement in param.placements):
+        # Rows that are cut twice, by FSDP2 over tensor parallelism: torch 2.6 gives ranks each other's parts of sums.
+        summands = summands.redistribute(placements=[Replicate()] * mesh.ndim)
+    return _waited(summands.redistribute(placements=param.placements).to_local())
 
 
 def _waited(tensor: Any) -> Tensor:

@@ -78,9 +78,12 @@ def refuse_unread(role: str, function: object, values: Mapping[str, Any], *, vot
         name, value = next(iter(given.items()))
         bare = name.removeprefix("trunk_")
         shown = "..." if name == "vote" else repr(value)
+        kind = getattr(function, "func", function)
+        remedy = f"write it there: {role}_optimizer=functools.partial(..., {bare}={shown})"
+        if isinstance(kind, type) and bare not in inspect.signature(kind).parameters:
+            remedy = f"leave it out, for {kind.__name__} has none"
         raise ValueError(
-            f"{name} is for the {role}'s own {OWN[role].__name__}, got {value!r} beside {role}_optimizer; write it "
-            f"there: {role}_optimizer=functools.partial(..., {bare}={shown})"
+            f"{name} is for the {role}'s own {OWN[role].__name__}, got {value!r} beside {role}_optimizer; {remedy}"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from stac_optimizer.groups.keys import STRUCTURE_KEYS
@@ -18,6 +18,7 @@ __all__ = [
     "merged",
     "overrides_by_name",
     "with_lr_of_ratio",
+    "without_keys",
 ]
 
 LR_RATIO = "lr_ratio"
@@ -98,6 +99,11 @@ def with_lr_of_ratio(values: dict[str, Any], lr: Any) -> dict[str, Any]:
     if LR_RATIO not in values:
         return values
     return {**{key: value for key, value in values.items() if key != LR_RATIO}, "lr": lr * values[LR_RATIO]}
+
+
+def without_keys(overrides: Sequence[tuple[Any, Mapping[str, Any]]], keys: Collection[str]) -> list[Any]:
+    """The same pairs, without these keys."""
+    return [(selector, {key: values[key] for key in values if key not in keys}) for selector, values in overrides]
 
 
 def overrides_by_name(overrides: Sequence[tuple[Selector, Any]], layers: Layers) -> dict[str, tuple[int, ...]]:

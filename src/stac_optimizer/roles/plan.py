@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from stac_optimizer.groups.keys import STRUCTURE_KEYS
 from stac_optimizer.model.layers import Layers, STACLayer
 from stac_optimizer.model.names import layer_of
 from stac_optimizer.model.partition import STACPartition
-from stac_optimizer.roles.overrides import checked_ratio, merged, overrides_by_name
+from stac_optimizer.roles.overrides import checked_ratio, merged, overrides_by_name, without_keys
 from stac_optimizer.validation import one_of
 
 __all__ = ["ROLES", "GroupPlan", "planned", "planned_as_given"]
@@ -66,24 +66,39 @@ class GroupPlan:
 
 
 def planned(
-    layers: Layers, partition: STACPartition, overrides: Sequence[tuple[Any, Mapping[str, Any]]]
+    layers: Layers,
+    partition: STACPartition,
+    overrides: Sequence[tuple[Any, Mapping[str, Any]]],
+    trunk_only: Collection[str],
 ) -> list[GroupPlan]:
-    """Of a model: one group for each role and combination of overrides, trunk first."""
-    applied = overrides_by_name(overrides, layers)
+    """Of a model: one group for each role and combination of overrides, trunk first.
+
+    Args:
+        layers: of the model.
+        partition: of them.
+        overrides: the user's.
+        trunk_only: keys that do not follow a parameter to the cap where it went there by itself, as the bias of a layer
+            whose weight they are for.
+    """
+    applied, moved = overrides_by_name(overrides, layers), set(partition.moved)
+    of_moved = without_keys(overrides, trunk_only)
     types = {layer.name: layer.type_name for layer in layers.layers}
     plans = []
     for role, some in (("trunk", partition.trunk_layers), ("cap", partition.cap_layers)):
-        members: dict[tuple[int, ...], list[tuple[str, Tensor]]] = {}
+        members: dict[tuple[bool, tuple[int, ...]], list[tuple[str, Tensor]]] = {}
         for name, param in _named(some):
-            members.setdefault(applied[name], []).append((name, param))
-        for which, named in members.items():
+            which = applied[name]
+            if name in moved:
+                which = tuple(index for index in which if of_moved[index][1])
+            members.setdefault((name in moved and bool(which), which), []).append((name, param))
+        for (is_moved, which), named in members.items():
             names, params = [name for name, _ in named], [param for _, param in named]
             plans.append(
                 GroupPlan(
                     role=role,
                     params=params,
                     names=names,
-                    values=merged(overrides, which),
+                    values=merged(of_moved if is_moved else overrides, which),
                     types=types,
                     where=f"overrides, {role}: " if which else "",
                 )

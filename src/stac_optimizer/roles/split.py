@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -65,6 +65,7 @@ def plans_of(
     cap: Selector | None,
     include_frozen: bool,
     trunk_takes: Callable[[Tensor], bool],
+    trunk_only: Collection[str],
 ) -> tuple[list[GroupPlan], Layers | None, tuple[str, ...]]:
     """The groups that STAC's arguments ask for, the layers, where there are any, and what went to the cap by itself.
 
@@ -75,6 +76,7 @@ def plans_of(
         cap: the selector of the cap.
         include_frozen: whether to keep frozen parameters.
         trunk_takes: whether what updates the trunk can update a parameter; others go to the cap.
+        trunk_only: keys of overrides that only what updates the trunk reads.
     """
     last_n_layers = count("last_n_layers", last_n_layers)
     checked = checked_overrides(overrides)
@@ -93,7 +95,7 @@ def plans_of(
         return planned_as_given(model), None, ()
     layers = find_layers(model, include_frozen=include_frozen)
     partition = split(layers, last_n_layers=last_n_layers, cap=cap, trunk_takes=trunk_takes)
-    return planned(layers, partition, checked), layers, partition.moved
+    return planned(layers, partition, checked, trunk_only), layers, partition.moved
 
 
 def warn_of_embeddings(

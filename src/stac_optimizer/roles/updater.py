@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +70,11 @@ class Updater:
                     f"{self.role}_{key} is given beside {name} ({_name(self.function)}), and {why}; write it in {name} "
                     f"alone, for example functools.partial(..., {key}={value!r})"
                 )
+
+    @property
+    def known(self) -> Set[str]:
+        """The hyper-parameters of its rule, where that is known before it is called."""
+        return frozenset() if self.native is None else hyperparameters_of(self.native).keys()
 
     def takes_parameter(self, param: Tensor) -> bool:
         """Whether what updates the role can update this parameter."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stac_optimizer.distributed.dealing import WholeFunction, dealt_out, ranks_to_deal_to
-from stac_optimizer.distributed.shards import real_parts, run_offset, sum_over_shards
+from stac_optimizer.distributed.shards import is_cut, real_parts, run_offset, sum_over_shards
 from stac_optimizer.rule.hyperparameters import Group
 from stac_optimizer.rule.inputs import StateLists, StepInputs, TensorList
 from stac_optimizer.rule.state import count_step_
@@ -27,7 +27,8 @@ from stac_optimizer.tensors.precision import arithmetic_dtype, arithmetic_lr, un
 __all__ = ["Wholes", "step_prepared"]
 
 SCALE = "exp_avg_scale"
-# So many whole parameters for each rank are dealt out at once: enough that their different sizes even out.
+# So many sharded parameters for each rank are dealt out at once: enough that their different sizes even out. Of plain
+# ones, of which each rank has all in memory, one.
 DEALT = 4
 
 
@@ -47,18 +48,28 @@ class Wholes:
         """The elements of each whole parameter, complex ones counted as two reals."""
         return [param.numel() * (2 if param.is_complex() else 1) for param in self._params]
 
+    @property
+    def shapes(self) -> list[torch.Size]:
+        """The shape of each whole parameter."""
+        return [param.shape for param in self._params]
+
     def sums(self, values: Sequence[Tensor]) -> list[Tensor]:
         """What the part on this rank contributes to a sum over each parameter, added up; a collective for DTensors."""
         return [sum_over_shards(value, param) for value, param in zip(values, self._params, strict=True)]
 
-    def apply(self, function: WholeFunction, parts: Sequence[Tensor]) -> list[Tensor]:
+    def apply(
+        self, function: WholeFunction, parts: Sequence[Tensor], *, dtype: torch.dtype | None = None
+    ) -> list[Tensor]:
         """This rank's parts of what a function makes of whole tensors, each computed by one of the ranks; a collective.
 
         Args:
             function: from whole tensors to as many of the same shapes.
             parts: of each parameter this rank's part of such a tensor.
+            dtype: of what it makes, where that is not the parts'.
         """
-        return dealt_out(function, parts, self._params, shares=self._shares)
+        if not parts:
+            return []
+        return dealt_out(function, parts, self._params, dtype=dtype or parts[0].dtype, shares=self._shares)
 
 
 Update: TypeAlias = Callable[[TensorList, TensorList, StateLists, Group, Wholes], None]
@@ -102,7 +113,7 @@ def step_prepared(inputs: StepInputs, update: Update, *, is_whole: bool, is_deal
         group = {**inputs.group, "lr": _prepared_lr(inputs.group["lr"], lists.params[indices[0]].device)}
         is_single = group["foreach"] is False and ranks == 1
         made = _whole(lists, indices) if is_whole else _cut(lists, indices, inputs.states["step"])
-        for parts in _together(made, is_single=is_single, ranks=ranks):
+        for parts in _together(made, inputs.params, is_single=is_single, ranks=ranks):
             _update_parts(inputs, group, keys, parts, update, seeds)
 
 
@@ -123,8 +134,17 @@ def _cut(lists: Lists, indices: Sequence[int], steps: Sequence[Tensor]) -> Itera
             yield from (_Part(piece, places) for piece in unit.pieces)
 
 
-def _together(parts: Iterable[_Part], *, is_single: bool, ranks: int) -> Iterator[list[_Part]]:
-    """What is updated together: single pieces and packs, or lists of about one block's elements, some for each rank."""
+def _together(
+    parts: Iterable[_Part], params: Sequence[Tensor], *, is_single: bool, ranks: int
+) -> Iterator[list[_Part]]:
+    """What is updated together: single pieces and packs, or lists of about one block's elements.
+
+    Args:
+        parts: of one device and dtype.
+        params: the parameters as the optimizer holds them.
+        is_single: whether pieces go one by one.
+        ranks: how many ranks whole parameters are dealt out to, some for each.
+    """
     waiting: list[_Part] = []
     for part in parts:
         if is_single or part.unit.sizes:  # a pack is written back when the next is asked for
@@ -133,8 +153,11 @@ def _together(parts: Iterable[_Part], *, is_single: bool, ranks: int) -> Iterato
             waiting.append(part)
     if waiting:
         full = block_numel(waiting[0].piece.tensors.param)
-        most = full if ranks == 1 else full // (DEALT * ranks)
-        yield from filled(waiting, [min(part.piece.tensors.param.numel(), most) for part in waiting], full)
+        sizes = [part.piece.tensors.param.numel() for part in waiting]
+        if ranks > 1:  # by whole ones, for lists must be the same on all ranks, whose parts are not
+            wholes = [params[part.unit.members[0]] for part in waiting]
+            sizes = [min(whole.numel(), full // (DEALT if is_cut(whole) else 1)) // ranks for whole in wholes]
+        yield from filled(waiting, sizes, full)
 
 
 def _update_parts(
@@ -201,10 +224,12 @@ def _prepared_lr(lr: float | Tensor, device: torch.device) -> float | Tensor:
 def _noise_seeds(inputs: StepInputs, states: int) -> list[Tensor]:
     """For the weights, and for each kind of state, a seed for each parameter.
 
-    Codes alone get the same ones in all parameters, as the sign trunk's do: they are then the same wherever parameters
-    are dealt out over ranks, each of which counts its own.
+    Codes alone get the same ones in all parameters, and those of weights, as the sign trunk's do: they are then the
+    same wherever parameters are dealt out over ranks, each of which counts its own.
     """
-    positions = inputs.positions if inputs.group["stochastic_rounding"] else [0] * len(inputs.params)
+    rounds = inputs.group["stochastic_rounding"]
+    positions = inputs.positions if rounds else [0] * len(inputs.params)
     seed, counts = inputs.group["rounding_seed"], rounding.counts(inputs.states["step"])
     offsets = list(map(run_offset, inputs.params))
-    return [rounding.noise_seeds(seed, positions, counts, kind=kind, offsets=offsets) for kind in range(states + 1)]
+    kinds = range(states + 1) if rounds else [0] * (states + 1)
+    return [rounding.noise_seeds(seed, positions, counts, kind=kind, offsets=offsets) for kind in kinds]

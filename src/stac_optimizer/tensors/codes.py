@@ -123,7 +123,8 @@ def in_blocks(matrix: Tensor) -> Tensor:
     """A tensor seen as a matrix, its rows cut into blocks, the last of each filled up with zeros."""
     rows, columns = matrix_shape(matrix)
     padded: Tensor = functional.pad(matrix.reshape(rows, columns), (0, -columns % BLOCK))
-    return padded.unflatten(1, (-1, BLOCK))
+    blocks: Tensor = padded.unflatten(1, (-1, BLOCK))
+    return blocks
 
 
 def decode_matrix(codes: Tensor, scale: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from stac_optimizer.optim.muon.newton_schulz import signs_of_stack
 from stac_optimizer.rule import Group
 from stac_optimizer.tensors.torch_private import has_fast_bfloat16
 
-__all__ = ["RATIOS", "matrices_shape", "ratio_of", "signs_of_matrices"]
+__all__ = ["RATIOS", "dtype_of_products", "matrices_shape", "ratio_of", "signs_of_matrices"]
 
 # Liu et al. (https://arxiv.org/abs/2502.16982): the root mean square of AdamW's steps, about 0.2, whatever the shape.
 RMS_OF_ADAMW = 0.2
@@ -50,7 +50,7 @@ def signs_of_matrices(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
         alike.setdefault(index if group["foreach"] is False else stack.shape[1:], []).append(index)
     results: dict[int, Tensor] = {}
     for indices in alike.values():
-        together = _stacked([wide[index] for index in indices], _dtype_of_products(wide[indices[0]], group))
+        together = _stacked([wide[index] for index in indices], dtype_of_products(wide[indices[0]], group))
         signs = signs_of_stack(together, group["ns_steps"], group["ns_coefficients"])
         results.update(zip(indices, signs.split([wide[index].shape[0] for index in indices]), strict=True))
     return [
@@ -63,12 +63,14 @@ def _stacked(stacks: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """One stack of them all, in this dtype."""
     sizes = [stack.shape[0] for stack in stacks]
     result = stacks[0].new_empty((sum(sizes), *stacks[0].shape[1:]), dtype=dtype)
-    for part, stack in zip(result.split(sizes), stacks, strict=True):
-        part.copy_(stack)
+    start = 0
+    for size, stack in zip(sizes, stacks, strict=True):
+        result[start : start + size].copy_(stack)  # parts made by split could not be written to under autograd
+        start += size
     return result
 
 
-def _dtype_of_products(stack: Tensor, group: Group) -> torch.dtype:
+def dtype_of_products(stack: Tensor, group: Group) -> torch.dtype:
     """As asked for; else bfloat16 where the device multiplies it faster, but for what is more than float32."""
     if group["ns_dtype"] is not None:
         chosen: torch.dtype = getattr(torch, group["ns_dtype"])

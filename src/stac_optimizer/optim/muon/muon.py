@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from stac_optimizer.optim.muon.matrices import RATIOS, ratio_of, signs_of_matrices
+from stac_optimizer.optim.muon.matrices import RATIOS, dtype_of_products, ratio_of, signs_of_matrices
 from stac_optimizer.optimizer import RuleOptimizer
 from stac_optimizer.rule import (
     Flags,
@@ -138,7 +138,8 @@ class MuonRule(Rule):
             averages = state["exp_avg"]
             torch._foreach_lerp_(averages, grads, 1 - momentum)
             directions = list(torch._foreach_lerp(grads, averages, momentum)) if group["nesterov"] else averages
-        signs = wholes.apply(partial(signs_of_matrices, group=group), directions)
+        dtype = dtype_of_products(directions[0], group)
+        signs = wholes.apply(partial(signs_of_matrices, group=group), directions, dtype=dtype)
         if group["cautious"]:
             signs = foreach_upcast(signs, params[0].dtype)
             mask_(signs, grads, wholes)
