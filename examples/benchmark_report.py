@@ -24,6 +24,8 @@ PACKAGES = (
     "torch",
     "triton",
     "lion-pytorch",
+    "mlxtend",
+    "schedulefree",
     "torch-optimi",
     "flashoptim",
     "heavyball",

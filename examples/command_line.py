@@ -26,6 +26,7 @@ __all__ = [
     "seed",
     "thread_count",
     "usable_device",
+    "whole_number",
 ]
 
 LEAVE_TO_FIRST_RANK = 10.0  # seconds

@@ -182,7 +182,7 @@ def vision(
 def mlp(
     lr: float | Tensor, *, weight_decay: float = 0.01, also_cap: Selector | None = None, overrides: Overrides = ()
 ) -> dict[str, Any]:
-    """A multilayer perceptron on data, as for classification or regression: a trunk of elements.
+    """A multilayer perceptron on data, as for classification or regression: a trunk of matrices.
 
     Beside it: a cosine or a line to about 0.
 
@@ -196,10 +196,10 @@ def mlp(
         >>> from torch import nn
         >>> from stac_optimizer import STAC, recipes
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
-        >>> [(group["stac_role"], group["lr"]) for group in STAC(model, **recipes.mlp(lr=4e-3)).param_groups]
-        [('trunk', 0.001), ('cap', 0.004)]
+        >>> [(group["stac_role"], group["rule"]) for group in STAC(model, **recipes.mlp(lr=4e-3)).param_groups]
+        [('trunk', 'muon'), ('cap', 'adamw')]
     """
-    return _of_elements(lr, weight_decay, BETAS, also_cap, overrides)
+    return _of_matrices(lr, weight_decay, BETAS, also_cap, overrides)
 
 
 def pinn(

@@ -25,7 +25,6 @@ list of tensors. Every optimizer of torch.optim is built from them, and they hav
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -73,13 +72,17 @@ def is_dry_run() -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
-@lru_cache
-def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether products in bfloat16 are faster than in float32: twice on CPUs with instructions for them."""
-    if device.type != "cpu":
-        return True
+def _has_cpu_fast_bfloat16() -> bool:
     asked = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(ask is not None and ask() for ask in asked)
+
+
+CPU_HAS_FAST_BFLOAT16 = _has_cpu_fast_bfloat16()
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether products in bfloat16 are faster than in float32: twice on CPUs with instructions for them."""
+    return CPU_HAS_FAST_BFLOAT16 if device.type == "cpu" else device.type in ("cuda", "xpu")
 
 
 def is_foreach_faster(tensors: Sequence[Tensor], *, differentiable: bool) -> bool:

@@ -1,0 +1,1 @@
+"""The parts of ``benchmark_quality.py``: tasks, contestants, one training function for all, statistics, reports."""
