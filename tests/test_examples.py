@@ -11,6 +11,7 @@ from torch import Tensor
 import benchmark_step
 import digits
 import low_precision
+import rate_over_width
 import toy_benchmark
 import train_char_lm
 from tests.support import assert_same_bits
@@ -90,6 +91,24 @@ def test_low_precision_compares_regimes(monkeypatch: pytest.MonkeyPatch) -> None
     assert small.weight_bytes == full.weight_bytes / 2
     assert small.state_bytes < full.state_bytes / 2
     assert small.loss == pytest.approx(full.loss, rel=0.02)
+
+
+def test_rate_over_width_draws_a_curve_for_each_width(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--widths", "8", "16", "--rates", "1e-3", "1e-1", "--steps", "6", "--out", str(tmp_path / "curves.png")]
+    losses = rate_over_width.main(command)
+    assert losses.keys() == {(8, 1e-3), (8, 1e-1), (16, 1e-3), (16, 1e-1)}
+    assert losses[16, 1e-1] < losses[16, 1e-3] < 5
+    assert "*" in capsys.readouterr().out
+    assert (tmp_path / "curves.png").stat().st_size > 0
+
+
+def test_benchmark_times_muon_in_one_object_beside_the_pair_by_hand(tmp_path: Path) -> None:
+    arguments = ["--shapes", "char-lm-wide", "--steps", "1", "--warmup", "0", "--contestants", "Muon"]
+    report = benchmark_step.main([*arguments, "--out", str(tmp_path)])
+    results = {result.name: result for result in report.results}
+    assert {"AdamW", "STAC Muon"} <= results.keys()
+    assert ("Muon + AdamW by hand" in results) == hasattr(torch.optim, "Muon")
+    assert results["STAC Muon"].state_bytes_per_weight < 0.55 * results["AdamW"].state_bytes_per_weight
 
 
 def test_benchmark_measures_every_contestant_beside_adamw(tmp_path: Path) -> None:
