@@ -17,7 +17,7 @@ from .real_models import MODELS, loss_of
 from .support import names_of_gradients
 
 RECIPES = {name: getattr(recipes, name) for name in recipes.__all__}
-OF_MATRICES = ("transformer", "vision", "pinn", "rnn")
+OF_MATRICES = ("transformer", "vision", "mlp", "pinn", "rnn")
 OF_ELEMENTS = ("finetuning",)
 
 # What stands in the cap besides vectors, of each model; a number in a name is written N.
