@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from stac_optimizer import STAC
+from stac_optimizer.optim import Muon
 from tests.rule_cases import DTYPES, RULE_CASES, RuleCase, random_gradients, step_with, zoo
 from tests.support import assert_same_bits, set_gradients, small_model
 
@@ -81,7 +82,29 @@ def test_cap_equals_torch_adamw_by_bits(dtype: torch.dtype, flags: dict[str, Any
         assert_same_bits(dict(optimizer.state[param]), dict(adamw.state[theirs[name]]), name)
 
 
-@pytest.mark.parametrize("arguments", [{}, {"trunk_cautious": True}, {"foreach": False}, {"fused": True}], ids=str)
+@pytest.mark.parametrize(("ns_dtype", "tolerance"), [("float32", 1e-3), (None, 0.1)], ids=str)
+@pytest.mark.parametrize("path", [{"foreach": False}, {"foreach": True}], ids=str)
+def test_muon_steps_as_on_the_cpu(path: dict[str, Any], ns_dtype: str | None, tolerance: float) -> None:
+    """In float32, to the rounding that the iterations make larger; by default in bfloat16, which has two digits."""
+    shapes = {"square": (48, 48), "wide": (32, 160), "tall": (160, 32), "filters": (32, 8, 3, 3)}
+    on_cpu = {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
+    on_device = {name: nn.Parameter(param.detach().cuda()) for name, param in on_cpu.items()}
+    before = {name: param.detach().clone() for name, param in on_cpu.items()}
+    reference = Muon(on_cpu.items(), lr=0.1, weight_decay=0.0, ns_dtype="float32", foreach=False)
+    optimizer = Muon(on_device.items(), lr=0.1, weight_decay=0.0, ns_dtype=ns_dtype, **path)
+    for seed in range(3):
+        step_with(reference, on_cpu, random_gradients(on_cpu, seed))
+        step_with(optimizer, on_device, cuda_gradients(on_device, seed))
+    for name, param in on_cpu.items():
+        moved, expected = on_device[name].detach().cpu() - before[name], param.detach() - before[name]
+        assert (moved - expected).norm() <= tolerance * expected.norm(), name
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"trunk_cautious": True}, {"foreach": False}, {"fused": True}, {"trunk_optimizer": Muon}],
+    ids=str,
+)
 def test_step_does_not_synchronize(arguments: dict[str, Any]) -> None:
     model = small_model().cuda()
     lr = torch.tensor(0.01, device="cuda")
