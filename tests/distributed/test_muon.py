@@ -220,9 +220,16 @@ def _step_under_zero_redundancy() -> None:
         assert_same_bits(dealt[name].detach(), param.detach(), name)
 
 
+def _refuse_to_share_the_work_of_other_matrices() -> None:
+    rows = 8 + (dist.get_rank() == 1)
+    with pytest.raises(ValueError, match="rank 1"):
+        muon(share_work=True)([("weight", nn.Parameter(torch.ones(rows, 4)))], lr=0.01)
+
+
 def _check_on_three_ranks() -> None:
     _divide_the_work()
     _share_the_work_of_plain_matrices()
+    _refuse_to_share_the_work_of_other_matrices()
     _step_where_a_gradient_is_absent()
     _step_under_zero_redundancy()
 

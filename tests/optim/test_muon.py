@@ -79,6 +79,29 @@ def test_singular_values_of_a_step_are_within_the_bounds_of_the_polynomial(ns_dt
         assert gains.max() <= MOST + beyond
 
 
+@pytest.mark.parametrize("ns_steps", [5, 10])
+@pytest.mark.parametrize("power", [1.0, 1.5, 2.0])
+@pytest.mark.parametrize("shape", [(8, 32), (16, 64), (64, 8)], ids=str)
+def test_steep_spectra_stay_within_the_bounds(shape: tuple[int, int], power: float, ns_steps: int) -> None:
+    """Where bfloat16 rounds eigenvalues of Gram matrices to below 0."""
+    for seed in range(12):
+        u, _, vh = torch.linalg.svd(randn(*shape, seed=seed).double(), full_matrices=False)
+        values = torch.arange(1, min(shape) + 1).double() ** -power
+        step = first_step((u * values) @ vh, ns_dtype="bfloat16", ns_steps=ns_steps, adjust_lr="spectral")
+        sign = step.double() / (shape[0] / shape[1]) ** 0.5
+        assert torch.linalg.matrix_norm(sign, 2) <= MOST + BEYOND
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", [(64, 64), (64, 1024)], ids=str)
+def test_polynomial_without_its_highest_term_nears_one(shape: tuple[int, int], ns_dtype: str) -> None:
+    """Of which torch's product on the CPU forgets the middle one."""
+    step = first_step(randn(*shape), ns_dtype=ns_dtype, ns_coefficients=(1.5, -0.5, 0.0), ns_steps=12)
+    sign = step / (0.2 * max(shape) ** 0.5)
+    assert torch.linalg.matrix_norm(sign, 2) <= 1.03
+    assert torch.linalg.svdvals(sign).median() >= 0.97
+
+
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
 @each_path
 @pytest.mark.parametrize("adjust_lr", ["match_rms_adamw", "original"])
@@ -199,7 +222,7 @@ def test_zeros_and_what_has_no_elements_stay(ns_dtype: str, path: dict[str, Any]
             param.grad = torch.zeros_like(param)
         optimizer.step()
     assert torch.equal(params[0].detach(), torch.full((4, 6), 0.75**2))
-    # Weights whose gradients stop do not walk on for ever: the step shrinks to none only where all are zeros.
+    # Rows that never had a gradient stay.
     step = first_step(torch.cat((randn(3, 8), torch.zeros(2, 8))), ns_dtype=ns_dtype, **path)
     assert not step[3:].any()
 

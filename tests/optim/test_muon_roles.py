@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stac_optimizer import STAC, MajorityVote, named
+from stac_optimizer import STAC, MajorityVote, biases, named
 from stac_optimizer.optim import Muon, Signum
 from tests.runs import assert_equal_runs, stepped, through_file_into, train
 from tests.support import assert_same_bits, parameter_state, set_gradients, small_model, take_steps, wide_model
@@ -181,14 +182,15 @@ def test_low_precision_weights_move_on_average_as_exact_ones_by_chance(path: dic
     moved = {}
     for dtype, by_chance in ((torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, False)):
         param = nn.Parameter(torch.ones(64, 256, dtype=dtype))
-        optimizer = muon(**path)([param], lr=2e-3, weight_decay=0.0, stochastic_rounding=by_chance)
+        is_lost = dtype == torch.bfloat16 and not by_chance
+        with pytest.warns(UserWarning, match="makes steps of less than half the spacing") if is_lost else nullcontext():
+            optimizer = muon(**path)([param], lr=2e-3, weight_decay=0.0, stochastic_rounding=by_chance)
         for _ in range(20):
             param.grad = grad.to(dtype)
             optimizer.step()
         moved[dtype, by_chance] = (param.detach().float() - 1).flatten()
     exact = moved[torch.float32, False]
-    downhill = -exact.sign()
-    assert not (moved[torch.bfloat16, False] * downhill).lt(0).any()
+    assert not moved[torch.bfloat16, False].any()
     share = float((moved[torch.bfloat16, True] @ exact) / (exact @ exact))
     assert share == pytest.approx(1.0, abs=0.05)  # measured within 0.02
 
@@ -270,3 +272,9 @@ def test_run_of_adamw_goes_on_with_its_averages() -> None:
         held = parameter_state(optimizer, model, name)
         assert_same_bits(dict(held), dict(adamw.state[model.get_parameter(name)]), name)
     take_steps(model, optimizer, [3])
+
+
+def test_overrides_of_what_went_to_the_cap_alone_are_refused_there() -> None:
+    """An override of a layer leaves its bias out; one of biases alone would be lost."""
+    with pytest.raises(ValueError, match="'row_blocks' is no hyper-parameter of AdamW"):
+        STAC(small_model(), trunk_optimizer=muon(), overrides=[(biases(), {"row_blocks": 3})])

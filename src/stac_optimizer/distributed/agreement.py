@@ -68,7 +68,10 @@ def scopes_of(model: Any, groups: Iterable[Group], voters: Any = None) -> list[S
     if not (dist.is_available() and dist.is_initialized()):
         return []
     found: dict[Any, Scope] = {}
-    for process_group, params, device in (*_replicas(model), *_shards(groups), *_all_of(groups, voters)):
+    # What ranks share out of plain parameters they must all have.
+    shared = [group for group in groups if group.get("share_work")]
+    sharing = _all_of(shared, dist.group.WORLD if shared else None)
+    for process_group, params, device in (*_replicas(model), *_shards(groups), *_all_of(groups, voters), *sharing):
         known = found[process_group].params if process_group in found else ()
         found[process_group] = scope_of(process_group, [*known, *params], device)
     return [scope for group, scope in found.items() if dist.get_world_size(group) > 1]

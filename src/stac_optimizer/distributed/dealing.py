@@ -32,7 +32,12 @@ def ranks_to_deal_to(params: Sequence[Tensor], *, shares: bool) -> int:
 
 
 def dealt_out(
-    function: WholeFunction, parts: Sequence[Tensor], params: Sequence[Tensor], *, dtype: torch.dtype, shares: bool
+    function: WholeFunction,
+    parts: Sequence[Tensor],
+    params: Sequence[Tensor],
+    dtypes: Sequence[torch.dtype],
+    *,
+    shares: bool,
 ) -> list[Tensor]:
     """This rank's parts of what a function makes of whole tensors; a collective (Note [Dealing]).
 
@@ -40,7 +45,7 @@ def dealt_out(
         function: what to compute.
         parts: this rank's parts of the tensors.
         params: for each the parameter that it is placed as.
-        dtype: of the results, in which they travel.
+        dtypes: of the results, in which they travel.
         shares: whether ranks of the default process group, which all hold the same plain tensors, share out the work.
     """
     # However they lie: products of other strides are rounded otherwise.
@@ -51,10 +56,11 @@ def dealt_out(
     results: dict[int, Tensor] = {}
     for mesh, indices in kinds.items():
         some, likes = [parts[index] for index in indices], [params[index] for index in indices]
+        kept = [dtypes[index] for index in indices]
         if mesh is not None:
-            made = _over_mesh(function, some, likes, dtype)
+            made = _over_mesh(function, some, likes, kept)
         elif shares and _world_size() > 1 and not any(map(is_sharded, likes)):
-            made = _over_world(function, some, dtype)
+            made = _over_world(function, some, kept)
         else:
             made = function(some)
         results.update(zip(indices, made, strict=True))
@@ -76,7 +82,7 @@ def _owners(shapes: Sequence[Sequence[int]], ranks: int) -> list[int]:
     return owners
 
 
-def _over_world(function: WholeFunction, tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def _over_world(function: WholeFunction, tensors: list[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     """All ranks have the same tensors; owners send what they have computed."""
     owners, rank = _owners([tensor.shape for tensor in tensors], _world_size()), dist.get_rank()
     mine = [index for index, owner in enumerate(owners) if owner == rank]
@@ -85,7 +91,7 @@ def _over_world(function: WholeFunction, tensors: list[Tensor], dtype: torch.dty
         made[index].to(dtype).contiguous()
         if index in made
         else torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
-        for index, tensor in enumerate(tensors)
+        for index, (tensor, dtype) in enumerate(zip(tensors, dtypes, strict=True))
     ]
     sent = [dist.broadcast(result, owner, async_op=True) for result, owner in zip(results, owners, strict=True)]
     for work in sent:
@@ -94,14 +100,16 @@ def _over_world(function: WholeFunction, tensors: list[Tensor], dtype: torch.dty
     return results
 
 
-def _over_mesh(function: WholeFunction, parts: list[Tensor], params: Sequence[Any], dtype: torch.dtype) -> list[Tensor]:
+def _over_mesh(
+    function: WholeFunction, parts: list[Tensor], params: Sequence[Any], dtypes: Sequence[torch.dtype]
+) -> list[Tensor]:
     """Each rank of a mesh has a part."""
     mesh = params[0].device_mesh
     owners, rank = _owners([param.shape for param in params], mesh.size()), _place_in(mesh)
     wholes = {index: whole for index, whole in enumerate(_gathered(parts, params)) if owners[index] == rank}
     made = dict(zip(wholes, function(list(wholes.values())), strict=True))
     results = []
-    for index, (part, param) in enumerate(zip(parts, params, strict=True)):
+    for index, (part, param, dtype) in enumerate(zip(parts, params, dtypes, strict=True)):
         whole = made[index].to(dtype) if index in made else part.new_zeros(param.shape, dtype=dtype)
         results.append(_cut(whole, param))
     return results

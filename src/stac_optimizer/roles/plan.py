@@ -81,7 +81,10 @@ def planned(
             whose weight they are for.
     """
     applied, moved = overrides_by_name(overrides, layers), set(partition.moved)
-    of_moved = without_keys(overrides, trunk_only)
+    # Such as reach moved parameters alone are refused as ever.
+    reached = {index for name, which in applied.items() if name not in moved for index in which}
+    stripped = without_keys(overrides, trunk_only)
+    of_moved = [stripped[index] if index in reached else pair for index, pair in enumerate(overrides)]
     types = {layer.name: layer.type_name for layer in layers.layers}
     plans = []
     for role, some in (("trunk", partition.trunk_layers), ("cap", partition.cap_layers)):

@@ -63,16 +63,26 @@ def mask_(directions: Sequence[Tensor], grads: Sequence[Tensor], wholes: Wholes)
         direction.mul_(mask.div_(mean))
 
 
-def warning_of_lost_steps(names: Sequence[str], params: Sequence[Tensor], group: Group) -> str | None:
-    """Of a rule whose steps are lr long: which low-precision weights the lr cannot move, and what to do; or None."""
+def warning_of_lost_steps(
+    names: Sequence[str], params: Sequence[Tensor], group: Group, lengths: Sequence[float] | None = None
+) -> str | None:
+    """Of a rule whose steps are lr long: which low-precision weights the lr cannot move, and what to do; or None.
+
+    Args:
+        names: of the parameters.
+        params: they.
+        group: of them.
+        lengths: for each how long a step of lr 1 is; None where it is 1.
+    """
     if group["stochastic_rounding"]:
         return None
     lr = group["lr"].item() if isinstance(group["lr"], Tensor) else group["lr"]
-    stuck = [name for name, param in zip(names, params, strict=True) if _is_step_lost(param, lr)]
+    steps = [lr * length for length in lengths or [1.0] * len(params)]
+    stuck = [name for name, param, step in zip(names, params, steps, strict=True) if _is_step_lost(param, step)]
     if not stuck:
         return None
     return (
-        f"an lr of {lr:g} is less than half the spacing between neighbouring values for most weights of "
+        f"an lr of {lr:g} makes steps of less than half the spacing between neighbouring values for most weights of "
         f"{', '.join(map(repr, stuck))}, so their steps round to nothing. Use stochastic_rounding=True with bfloat16, "
         "keep float32 weights (and compute under torch.autocast) or raise the lr (in STAC trunk_lr)"
     )

@@ -57,19 +57,15 @@ class Wholes:
         """What the part on this rank contributes to a sum over each parameter, added up; a collective for DTensors."""
         return [sum_over_shards(value, param) for value, param in zip(values, self._params, strict=True)]
 
-    def apply(
-        self, function: WholeFunction, parts: Sequence[Tensor], *, dtype: torch.dtype | None = None
-    ) -> list[Tensor]:
+    def apply(self, function: WholeFunction, parts: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
         """This rank's parts of what a function makes of whole tensors, each computed by one of the ranks; a collective.
 
         Args:
             function: from whole tensors to as many of the same shapes.
             parts: of each parameter this rank's part of such a tensor.
-            dtype: of what it makes, where that is not the parts'.
+            dtypes: of what it makes of each.
         """
-        if not parts:
-            return []
-        return dealt_out(function, parts, self._params, dtype=dtype or parts[0].dtype, shares=self._shares)
+        return dealt_out(function, parts, self._params, dtypes, shares=self._shares)
 
 
 Update: TypeAlias = Callable[[TensorList, TensorList, StateLists, Group, Wholes], None]

@@ -8,14 +8,18 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from stac_optimizer.optim.muon.newton_schulz import signs_of_stack
+from stac_optimizer.optim.muon.newton_schulz import normalized, signs_of_stack
 from stac_optimizer.rule import Group
+from stac_optimizer.tensors.pieces import is_recorded
 from stac_optimizer.tensors.torch_private import has_fast_bfloat16
 
-__all__ = ["RATIOS", "dtype_of_products", "matrices_shape", "ratio_of", "signs_of_matrices"]
+__all__ = ["RATIOS", "dtype_of_products", "matrices_shape", "ratio_of", "rms_of", "signs_of_matrices"]
 
 # Liu et al. (https://arxiv.org/abs/2502.16982): the root mean square of AdamW's steps, about 0.2, whatever the shape.
 RMS_OF_ADAMW = 0.2
+
+# Matrices of fewer rows, or columns, gain nothing by products in bfloat16, and lose precision.
+LEAST_IN_BFLOAT16 = 64
 
 RATIOS: Mapping[str, Callable[[int, int], float]] = {
     "match_rms_adamw": lambda rows, columns: RMS_OF_ADAMW * math.sqrt(max(rows, columns)),
@@ -38,6 +42,11 @@ def ratio_of(shape: Sequence[int], group: Group) -> float:
     return RATIOS[group["adjust_lr"]](rows, columns) if rows and columns else 1.0
 
 
+def rms_of(shape: Sequence[int], group: Group) -> float:
+    """The root mean square of what a step of lr 1 adds to the elements of a parameter."""
+    return ratio_of(shape, group) / math.sqrt(max(1, *matrices_shape(shape, group)[1:]))
+
+
 def signs_of_matrices(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
     """Of each tensor the signs of its matrices, in the dtype of the products.
 
@@ -50,7 +59,9 @@ def signs_of_matrices(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
         alike.setdefault(index if group["foreach"] is False else stack.shape[1:], []).append(index)
     results: dict[int, Tensor] = {}
     for indices in alike.values():
-        together = _stacked([wide[index] for index in indices], dtype_of_products(wide[indices[0]], group))
+        first = indices[0]
+        dtype = dtype_of_products(tensors[first], tensors[first].shape, group)
+        together = _stacked([wide[index] for index in indices], dtype)
         signs = signs_of_stack(together, group["ns_steps"], group["ns_coefficients"])
         results.update(zip(indices, signs.split([wide[index].shape[0] for index in indices]), strict=True))
     return [
@@ -61,6 +72,10 @@ def signs_of_matrices(tensors: Sequence[Tensor], group: Group) -> list[Tensor]:
 
 def _stacked(stacks: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """One stack of them all, in this dtype."""
+    if stacks[0].dtype == torch.float64 != dtype and stacks[0].numel():
+        stacks = [normalized(stack) for stack in stacks]  # or what float32 cannot hold would be lost
+    if len(stacks) == 1 and not is_recorded():  # else the next step would write to what the graph keeps
+        return stacks[0].to(dtype).contiguous()
     sizes = [stack.shape[0] for stack in stacks]
     result = stacks[0].new_empty((sum(sizes), *stacks[0].shape[1:]), dtype=dtype)
     start = 0
@@ -70,9 +85,17 @@ def _stacked(stacks: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     return result
 
 
-def dtype_of_products(stack: Tensor, group: Group) -> torch.dtype:
-    """As asked for; else bfloat16 where the device multiplies it faster, but for what is more than float32."""
+def dtype_of_products(tensor: Tensor, shape: Sequence[int], group: Group) -> torch.dtype:
+    """As asked for; else bfloat16 where the device multiplies matrices of this size faster in it.
+
+    Args:
+        tensor: tells device and dtype.
+        shape: of the whole parameter.
+        group: of the parameter.
+    """
     if group["ns_dtype"] is not None:
         chosen: torch.dtype = getattr(torch, group["ns_dtype"])
         return chosen
-    return torch.bfloat16 if stack.dtype == torch.float32 and has_fast_bfloat16(stack.device) else stack.dtype
+    is_large = min(matrices_shape(shape, group)[1:]) >= LEAST_IN_BFLOAT16
+    is_faster = is_large and tensor.dtype == torch.float32 and has_fast_bfloat16(tensor.device)
+    return torch.bfloat16 if is_faster else tensor.dtype

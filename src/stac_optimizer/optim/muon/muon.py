@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from stac_optimizer.optim.muon.matrices import RATIOS, dtype_of_products, ratio_of, signs_of_matrices
+from stac_optimizer.optim.muon.matrices import RATIOS, dtype_of_products, ratio_of, rms_of, signs_of_matrices
 from stac_optimizer.optimizer import RuleOptimizer
 from stac_optimizer.rule import (
     Flags,
@@ -36,8 +36,7 @@ from stac_optimizer.rule.averages import (
     state_of_average,
     warning_of_stuck,
 )
-from stac_optimizer.rule.common import decay_, mask_
-from stac_optimizer.tensors.precision import foreach_upcast
+from stac_optimizer.rule.common import decay_, joined, mask_, warning_of_lost_steps
 from stac_optimizer.validation import boolean, count, finite, named_dtype, one_of, unit_fraction
 
 if TYPE_CHECKING:
@@ -129,7 +128,9 @@ class MuonRule(Rule):
         return coded_problem(param, group) or super().parameter_problem(param, group)
 
     def warning(self, names: Sequence[str], params: Sequence[Tensor], group: Group) -> str | None:
-        return warning_of_stuck(names, params, group)
+        # A step of an element is so long, of lr, in the root mean square.
+        lengths = [rms_of(param.shape, group) for param in params]
+        return joined(warning_of_lost_steps(names, params, group, lengths), warning_of_stuck(names, params, group))
 
     def update(self, params: TensorList, grads: TensorList, state: StateLists, group: Group, wholes: Wholes) -> None:
         momentum, directions = group["momentum"], grads
@@ -138,12 +139,15 @@ class MuonRule(Rule):
             averages = state["exp_avg"]
             torch._foreach_lerp_(averages, grads, 1 - momentum)
             directions = list(torch._foreach_lerp(grads, averages, momentum)) if group["nesterov"] else averages
-        dtype = dtype_of_products(directions[0], group)
-        signs = wholes.apply(partial(signs_of_matrices, group=group), directions, dtype=dtype)
+        shapes = wholes.shapes
+        dtypes = [
+            dtype_of_products(direction, shape, group) for direction, shape in zip(directions, shapes, strict=True)
+        ]
+        signs = wholes.apply(partial(signs_of_matrices, group=group), directions, dtypes)
         if group["cautious"]:
-            signs = foreach_upcast(signs, params[0].dtype)
+            signs = [sign.to(param.dtype) for param, sign in zip(params, signs, strict=True)]
             mask_(signs, grads, wholes)
-        for param, sign, shape in zip(params, signs, wholes.shapes, strict=True):
+        for param, sign, shape in zip(params, signs, shapes, strict=True):
             length = group["lr"] * ratio_of(shape, group)
             if isinstance(length, Tensor):
                 param.sub_(sign.to(param.dtype) * length)
@@ -173,18 +177,20 @@ class Muon(RuleOptimizer):
         ns_steps: Newton-Schulz iterations, 1 or more.
         ns_coefficients: a, b and c of their polynomial a s + b s^3 + c s^5 of singular values.
         ns_dtype: of their products, ``torch.bfloat16`` or ``torch.float32``, or the name. None: bfloat16 on CUDA, and
-            on CPUs that have instructions for it; else the weight's, float32 at least.
+            on CPUs that have instructions for it, from 64 rows and columns on; else the weight's, float32 at least.
         adjust_lr: :math:`r` for a matrix of so many rows and columns. ``"match_rms_adamw"``: 0.2 sqrt(max(rows,
             columns)); ``"original"``: sqrt(max(1, rows / columns)); ``"spectral"``: sqrt(rows / columns).
         cautious: move a weight only where its step agrees with the sign of the present gradient, and divide by the
             share of such weights in the parameter, floored at 1e-3.
         row_blocks: how many equal blocks of rows are matrices by themselves, 1 or more: 3 for fused query, key and
             value, the number of groups for a grouped convolution.
-        batch_dims: how many leading dimensions count matrices, 0 or more: 1 for stacked experts.
+        batch_dims: how many leading dimensions count matrices, 0 or more: 1 for stacked experts. One whose gradients
+            stop, as an idle expert's, keeps moving at full speed while its average fades; ``cautious`` holds it.
         state_dtype: what averages are held in. None: the weight's dtype; ``torch.bfloat16``; ``torch.int8``: codes of
             8 bits with a scale for each 128 weights of a row, rounded by chance (``rounding_seed``). Or its name.
         share_work: ranks of the default process group, which hold the same weights and gradients as under DDP, compute
-            a share of the matrices each and send each other the results. Of sharded parameters they always do.
+            a share of the matrices each and send each other the results. All must have gradients for the same
+            parameters. Of sharded parameters they always do.
         **flags: see :class:`stac_optimizer.rule.Flags`. ``foreach``: matrices of one shape, or of its transpose, in
             batched products.
 
