@@ -137,7 +137,7 @@ RULE_CASES = (
     _muon("maximize", maximize=True, momentum=0.5, nesterov=False),
     _muon("no-momentum", momentum=0.0, weight_decay=0.0, adjust_lr="original", ns_steps=3),
     _muon("blocks", row_blocks=2),
-    _muon("cautious", cautious=True, adjust_lr="spectral"),
+    _muon("cautious", cautious=True, adjust_lr="spectral", lr=1.0),
     _muon("cautious-maximize", cautious=True, maximize=True),
 )
 
