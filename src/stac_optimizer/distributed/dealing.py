@@ -16,12 +16,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from stac_optimizer.distributed.shards import is_cut, is_sharded
+from stac_optimizer.distributed.shards import is_cut, is_sharded, waited
 
-__all__ = ["WholeFunction", "dealt_out", "ranks_to_deal_to"]
+__all__ = ["DtypeOf", "WholeFunction", "dealt_out", "ranks_to_deal_to"]
 
 WholeFunction: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
 """From whole tensors to as many of the same shapes."""
+
+DtypeOf: TypeAlias = Callable[[Tensor, Sequence[int]], torch.dtype]
+"""From a part, and the shape of the whole, to the dtype of what such a function makes of that."""
 
 
 def ranks_to_deal_to(params: Sequence[Tensor], *, shares: bool) -> int:
@@ -35,7 +38,7 @@ def dealt_out(
     function: WholeFunction,
     parts: Sequence[Tensor],
     params: Sequence[Tensor],
-    dtypes: Sequence[torch.dtype],
+    dtype_of: DtypeOf,
     *,
     shares: bool,
 ) -> list[Tensor]:
@@ -45,7 +48,7 @@ def dealt_out(
         function: what to compute.
         parts: this rank's parts of the tensors.
         params: for each the parameter that it is placed as.
-        dtypes: of the results, in which they travel.
+        dtype_of: tells the dtype of the results, in which they travel.
         shares: whether ranks of the default process group, which all hold the same plain tensors, share out the work.
     """
     # However they lie: products of other strides are rounded otherwise.
@@ -56,11 +59,10 @@ def dealt_out(
     results: dict[int, Tensor] = {}
     for mesh, indices in kinds.items():
         some, likes = [parts[index] for index in indices], [params[index] for index in indices]
-        kept = [dtypes[index] for index in indices]
         if mesh is not None:
-            made = _over_mesh(function, some, likes, kept)
+            made = _over_mesh(function, some, likes, dtype_of)
         elif shares and _world_size() > 1 and not any(map(is_sharded, likes)):
-            made = _over_world(function, some, kept)
+            made = _over_world(function, some, dtype_of)
         else:
             made = function(some)
         results.update(zip(indices, made, strict=True))
@@ -82,16 +84,16 @@ def _owners(shapes: Sequence[Sequence[int]], ranks: int) -> list[int]:
     return owners
 
 
-def _over_world(function: WholeFunction, tensors: list[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+def _over_world(function: WholeFunction, tensors: list[Tensor], dtype_of: DtypeOf) -> list[Tensor]:
     """All ranks have the same tensors; owners send what they have computed."""
     owners, rank = _owners([tensor.shape for tensor in tensors], _world_size()), dist.get_rank()
     mine = [index for index, owner in enumerate(owners) if owner == rank]
     made = dict(zip(mine, function([tensors[index] for index in mine]), strict=True))
     results = [
-        made[index].to(dtype).contiguous()
+        made[index].contiguous()
         if index in made
-        else torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
-        for index, (tensor, dtype) in enumerate(zip(tensors, dtypes, strict=True))
+        else torch.empty(tensor.shape, dtype=dtype_of(tensor, tensor.shape), device=tensor.device)
+        for index, tensor in enumerate(tensors)
     ]
     sent = [dist.broadcast(result, owner, async_op=True) for result, owner in zip(results, owners, strict=True)]
     for work in sent:
@@ -100,18 +102,16 @@ def _over_world(function: WholeFunction, tensors: list[Tensor], dtypes: Sequence
     return results
 
 
-def _over_mesh(
-    function: WholeFunction, parts: list[Tensor], params: Sequence[Any], dtypes: Sequence[torch.dtype]
-) -> list[Tensor]:
+def _over_mesh(function: WholeFunction, parts: list[Tensor], params: Sequence[Any], dtype_of: DtypeOf) -> list[Tensor]:
     """Each rank of a mesh has a part."""
     mesh = params[0].device_mesh
     owners, rank = _owners([param.shape for param in params], mesh.size()), _place_in(mesh)
     wholes = {index: whole for index, whole in enumerate(_gathered(parts, params)) if owners[index] == rank}
     made = dict(zip(wholes, function(list(wholes.values())), strict=True))
     results = []
-    for index, (part, param, dtype) in enumerate(zip(parts, params, dtypes, strict=True)):
-        whole = made[index].to(dtype) if index in made else part.new_zeros(param.shape, dtype=dtype)
-        results.append(_cut(whole, param))
+    for index, (part, param) in enumerate(zip(parts, params, strict=True)):
+        zeros = None if index in made else part.new_zeros(param.shape, dtype=dtype_of(part, param.shape))
+        results.append(_cut(made[index] if zeros is None else zeros, param))
     return results
 
 
@@ -121,10 +121,10 @@ def _gathered(parts: list[Tensor], params: Sequence[Any]) -> Iterator[Tensor]:
     for part, param in zip(parts, params, strict=True):
         begun = _whole(part, param)
         if pending is not None:
-            yield _waited(pending)
+            yield waited(pending)
         pending = begun
     if pending is not None:
-        yield _waited(pending)
+        yield waited(pending)
 
 
 def _whole(part: Tensor, param: Any) -> Any:
@@ -146,13 +146,7 @@ def _cut(whole: Tensor, param: Any) -> Tensor:
     if any(hasattr(placement, "split_factor") for placement in param.placements):
         # Rows that are cut twice, by FSDP2 over tensor parallelism: torch 2.6 gives ranks each other's parts of sums.
         summands = summands.redistribute(placements=[Replicate()] * mesh.ndim)
-    return _waited(summands.redistribute(placements=param.placements).to_local())
-
-
-def _waited(tensor: Any) -> Tensor:
-    """What a collective has filled."""
-    result: Tensor = tensor.wait() if hasattr(tensor, "wait") else tensor
-    return result
+    return waited(summands.redistribute(placements=param.placements).to_local())
 
 
 def _place_in(mesh: Any) -> int:

@@ -23,6 +23,7 @@ __all__ = [
     "run_offset",
     "sum_over_ranks",
     "sum_over_shards",
+    "waited",
     "zeros_by_row",
 ]
 
@@ -57,7 +58,11 @@ def _local(tensor: Any, like: Any) -> Tensor:
         if tensor.placements != like.placements:
             tensor = tensor.redistribute(like.device_mesh, like.placements)
         tensor = tensor.to_local()
-    # What a collective has not filled yet: kernels that walk memory would not wait.
+    return waited(tensor)
+
+
+def waited(tensor: Any) -> Tensor:
+    """The tensor once a collective has filled it: kernels that walk memory would not wait."""
     return cast(Tensor, tensor.wait() if hasattr(tensor, "wait") else tensor)
 
 

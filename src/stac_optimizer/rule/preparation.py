@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from stac_optimizer.distributed.dealing import WholeFunction, dealt_out, ranks_to_deal_to
+from stac_optimizer.distributed.dealing import DtypeOf, WholeFunction, dealt_out, ranks_to_deal_to
 from stac_optimizer.distributed.shards import is_cut, real_parts, run_offset, sum_over_shards
 from stac_optimizer.rule.hyperparameters import Group
 from stac_optimizer.rule.inputs import StateLists, StepInputs, TensorList
@@ -57,15 +57,15 @@ class Wholes:
         """What the part on this rank contributes to a sum over each parameter, added up; a collective for DTensors."""
         return [sum_over_shards(value, param) for value, param in zip(values, self._params, strict=True)]
 
-    def apply(self, function: WholeFunction, parts: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+    def apply(self, function: WholeFunction, parts: Sequence[Tensor], dtype_of: DtypeOf) -> list[Tensor]:
         """This rank's parts of what a function makes of whole tensors, each computed by one of the ranks; a collective.
 
         Args:
             function: from whole tensors to as many of the same shapes.
             parts: of each parameter this rank's part of such a tensor.
-            dtypes: of what it makes of each.
+            dtype_of: tells the dtype of what it makes.
         """
-        return dealt_out(function, parts, self._params, dtypes, shares=self._shares)
+        return dealt_out(function, parts, self._params, dtype_of, shares=self._shares)
 
 
 Update: TypeAlias = Callable[[TensorList, TensorList, StateLists, Group, Wholes], None]

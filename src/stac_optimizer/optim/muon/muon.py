@@ -139,15 +139,12 @@ class MuonRule(Rule):
             averages = state["exp_avg"]
             torch._foreach_lerp_(averages, grads, 1 - momentum)
             directions = list(torch._foreach_lerp(grads, averages, momentum)) if group["nesterov"] else averages
-        shapes = wholes.shapes
-        dtypes = [
-            dtype_of_products(direction, shape, group) for direction, shape in zip(directions, shapes, strict=True)
-        ]
-        signs = wholes.apply(partial(signs_of_matrices, group=group), directions, dtypes)
+        signs_of, dtype_of = partial(signs_of_matrices, group=group), partial(dtype_of_products, group=group)
+        signs = wholes.apply(signs_of, directions, dtype_of)
         if group["cautious"]:
             signs = [sign.to(param.dtype) for param, sign in zip(params, signs, strict=True)]
             mask_(signs, grads, wholes)
-        for param, sign, shape in zip(params, signs, shapes, strict=True):
+        for param, sign, shape in zip(params, signs, wholes.shapes, strict=True):
             length = group["lr"] * ratio_of(shape, group)
             if isinstance(length, Tensor):
                 param.sub_(sign.to(param.dtype) * length)
