@@ -20,6 +20,7 @@ from torch import Tensor
 __all__ = [
     "Checker",
     "boolean",
+    "clipping_range",
     "count",
     "finite",
     "learning_rate",
@@ -29,6 +30,7 @@ __all__ = [
     "one_of",
     "optional_boolean",
     "pair_of_fractions",
+    "triple_of_fractions",
     "unit_fraction",
     "warn",
 ]
@@ -78,13 +80,33 @@ def unit_fraction(name: str, value: Any) -> float:
 
 def pair_of_fractions(name: str, value: Any) -> tuple[float, float]:
     """Two floats, each from 0 up to, not including, 1. A list becomes a tuple."""
+    first, second = _tuple_of(name, value, 2, "two numbers in [0, 1)")
+    return unit_fraction(f"{name}[0]", first), unit_fraction(f"{name}[1]", second)
+
+
+def triple_of_fractions(name: str, value: Any) -> tuple[float, float, float]:
+    """Three floats, each from 0 up to, not including, 1. A list becomes a tuple."""
+    first, second, third = _tuple_of(name, value, 3, "three numbers in [0, 1)")
+    return unit_fraction(f"{name}[0]", first), unit_fraction(f"{name}[1]", second), unit_fraction(f"{name}[2]", third)
+
+
+def clipping_range(name: str, value: Any) -> tuple[float, float] | None:
+    """Two floats, the second at least the first, which is 0 or more; or None. The second may be infinite."""
+    if value is None:
+        return None
+    first, second = _tuple_of(name, value, 2, "a least and a most number, 0 <= least <= most, or None")
+    least, most = non_negative(f"{name}[0]", first), _real(f"{name}[1]", second, "a number")
+    if not least <= most:
+        raise ValueError(f"{name} must be a tuple of a least and a most number, 0 <= least <= most, got {value!r}")
+    return least, most
+
+
+def _tuple_of(name: str, value: Any, length: int, what: str) -> Sequence[Any]:
     if not isinstance(value, (tuple, list)):
-        raise TypeError(
-            f"{name} must be a tuple of two numbers in [0, 1), got {value!r} of type {type(value).__name__}"
-        )
-    if len(value) != 2:
-        raise ValueError(f"{name} must be a tuple of two numbers in [0, 1), got {value!r}")
-    return unit_fraction(f"{name}[0]", value[0]), unit_fraction(f"{name}[1]", value[1])
+        raise TypeError(f"{name} must be a tuple of {what}, got {value!r} of type {type(value).__name__}")
+    if len(value) != length:
+        raise ValueError(f"{name} must be a tuple of {what}, got {value!r}")
+    return value
 
 
 def learning_rate(name: str, value: Any) -> float | Tensor:

@@ -20,6 +20,7 @@ __all__ = [
     "is_sharded_in_runs",
     "local_views",
     "real_parts",
+    "roots_of_sums_over_shards",
     "run_offset",
     "sum_over_ranks",
     "sum_over_shards",
@@ -131,6 +132,20 @@ def sum_over_shards(value: Tensor, param: Any) -> Tensor:
     if not is_sharded(param):
         return value
     return sum_over_ranks(value, param, is_summed=[dim is not None for dim in _cut_dims(param)])
+
+
+def roots_of_sums_over_shards(norms: Sequence[Tensor], params: Sequence[Any]) -> list[Tensor]:
+    """The norms of whole parameters, given those of this rank's shards; one collective for all that are cut alike."""
+    wholes, alike = list(norms), dict[Any, list[int]]()
+    for index, param in enumerate(params):
+        if is_cut(param):
+            alike.setdefault((param.device_mesh, tuple(dim is not None for dim in _cut_dims(param))), []).append(index)
+    for (_, is_summed), indices in alike.items():
+        squares = torch.stack([norms[index] for index in indices]).square()
+        sums = sum_over_ranks(squares, params[indices[0]], is_summed=is_summed)
+        for index, norm in zip(indices, sums.sqrt().unbind(), strict=True):
+            wholes[index] = norm
+    return wholes
 
 
 def sum_over_ranks(value: Tensor, sharded: Any, *, is_summed: Sequence[bool]) -> Tensor:

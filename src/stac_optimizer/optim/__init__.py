@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from stac_optimizer.optim.adamw import AdamW
+from stac_optimizer.optim.layerwise import LAMB
 from stac_optimizer.optim.lion import Lion
 from stac_optimizer.optim.muon import Muon
 from stac_optimizer.optim.signum import Signum
 
-__all__ = ["AdamW", "Lion", "Muon", "Signum"]
+__all__ = ["LAMB", "AdamW", "Lion", "Muon", "Signum"]

@@ -14,8 +14,9 @@ from stac_optimizer.distributed.shards import is_sharded, is_sharded_in_runs
 from stac_optimizer.distributed.vote import Voters
 from stac_optimizer.rule.hyperparameters import Group, Hyperparameter
 from stac_optimizer.rule.inputs import StateLists, StepInputs, TensorList
-from stac_optimizer.rule.preparation import Wholes, step_prepared
+from stac_optimizer.rule.preparation import step_prepared
 from stac_optimizer.rule.state import StateTensor
+from stac_optimizer.rule.wholes import Wholes
 from stac_optimizer.tensors.kinds import is_fake
 from stac_optimizer.tensors.torch_private import is_foreach_faster
 
@@ -84,11 +85,31 @@ class Rule(ABC):
 
         Called without gradient recording, unless the group is differentiable.
         """
-        step_prepared(inputs, self.update, is_whole=self.needs_whole(inputs.group), is_dealt=self.needs == "matrix")
+        step_prepared(
+            inputs,
+            self.update,
+            measure=self.measured if self._measures else None,
+            is_whole=self.needs_whole(inputs.group),
+            is_dealt=self.needs == "matrix",
+        )
+
+    def measured(self, params: TensorList, grads: TensorList, state: StateLists, group: Group) -> Sequence[TensorList]:
+        """For rules that ask for norms of whole parameters, and are elementwise besides: the first half of an update.
+
+        It runs on all parts before :meth:`update` runs on any, may change the state, and must not change parameters.
+
+        Returns:
+            Lists of tensors, each with one for each of ``params``; ``wholes.norms`` then has their norms.
+        """
+        raise TypeError(f"{type(self).__name__} measures nothing")
+
+    @property
+    def _measures(self) -> bool:
+        return type(self).measured is not Rule.measured
 
     def needs_whole(self, group: Group) -> bool:
         """Whether parameters must not be cut under these hyper-parameters."""
-        return self.needs != "elements"
+        return self.needs != "elements" and not self._measures
 
     def walks_on(self, group: Group) -> bool:
         """Whether a weight whose gradient stays zero keeps moving at full speed, as under the sign of an average."""

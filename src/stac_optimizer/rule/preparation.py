@@ -12,11 +12,12 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from stac_optimizer.distributed.dealing import DtypeOf, WholeFunction, dealt_out, ranks_to_deal_to
-from stac_optimizer.distributed.shards import is_cut, real_parts, run_offset, sum_over_shards
+from stac_optimizer.distributed.dealing import ranks_to_deal_to
+from stac_optimizer.distributed.shards import is_cut, real_parts, run_offset
 from stac_optimizer.rule.hyperparameters import Group
 from stac_optimizer.rule.inputs import StateLists, StepInputs, TensorList
 from stac_optimizer.rule.state import count_step_
+from stac_optimizer.rule.wholes import Norms, Wholes
 from stac_optimizer.tensors import codes, rounding
 from stac_optimizer.tensors.cutting import block_numel, filled, units
 from stac_optimizer.tensors.kinds import has_data
@@ -24,7 +25,7 @@ from stac_optimizer.tensors.layouts import indices_by_device_and_dtype
 from stac_optimizer.tensors.pieces import Lists, Piece, Tensors, Unit, is_recorded
 from stac_optimizer.tensors.precision import arithmetic_dtype, arithmetic_lr, unscaled
 
-__all__ = ["Wholes", "step_prepared"]
+__all__ = ["step_prepared"]
 
 SCALE = "exp_avg_scale"
 # So many sharded parameters for each rank are dealt out at once: enough that their different sizes even out. Of plain
@@ -32,44 +33,11 @@ SCALE = "exp_avg_scale"
 DEALT = 4
 
 
-class Wholes:
-    """What an update can ask of whole parameters, whose shards may lie on several ranks.
-
-    Args:
-        params: the parameters as the optimizer holds them.
-        shares: whether ranks that all hold whole parameters share out what is computed of them.
-    """
-
-    def __init__(self, params: Sequence[Tensor], *, shares: bool = False) -> None:
-        self._params, self._shares = params, shares
-
-    @property
-    def numels(self) -> list[int]:
-        """The elements of each whole parameter, complex ones counted as two reals."""
-        return [param.numel() * (2 if param.is_complex() else 1) for param in self._params]
-
-    @property
-    def shapes(self) -> list[torch.Size]:
-        """The shape of each whole parameter."""
-        return [param.shape for param in self._params]
-
-    def sums(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """What the part on this rank contributes to a sum over each parameter, added up; a collective for DTensors."""
-        return [sum_over_shards(value, param) for value, param in zip(values, self._params, strict=True)]
-
-    def apply(self, function: WholeFunction, parts: Sequence[Tensor], dtype_of: DtypeOf) -> list[Tensor]:
-        """This rank's parts of what a function makes of whole tensors, each computed by one of the ranks; a collective.
-
-        Args:
-            function: from whole tensors to as many of the same shapes.
-            parts: of each parameter this rank's part of such a tensor.
-            dtype_of: tells the dtype of what it makes.
-        """
-        return dealt_out(function, parts, self._params, dtype_of, shares=self._shares)
-
-
 Update: TypeAlias = Callable[[TensorList, TensorList, StateLists, Group, Wholes], None]
 """See :meth:`stac_optimizer.rule.Rule.update`."""
+
+Measure: TypeAlias = Callable[[TensorList, TensorList, StateLists, Group], Sequence[TensorList]]
+"""See :meth:`stac_optimizer.rule.Rule.measured`."""
 
 
 class _Part(NamedTuple):
@@ -84,12 +52,20 @@ class _Part(NamedTuple):
     unit: Unit
 
 
-def step_prepared(inputs: StepInputs, update: Update, *, is_whole: bool, is_dealt: bool = False) -> None:
+def step_prepared(
+    inputs: StepInputs,
+    update: Update,
+    *,
+    measure: Measure | None = None,
+    is_whole: bool = False,
+    is_dealt: bool = False,
+) -> None:
     """Count, prepare and update.
 
     Args:
         inputs: of one group.
         update: the rule's.
+        measure: what is done first on all parts of all parameters, where the update asks for norms of whole ones.
         is_whole: whether it must get whole parameters.
         is_dealt: whether ranks share out what it computes of them, so that several must be at hand at once.
     """
@@ -108,9 +84,14 @@ def step_prepared(inputs: StepInputs, update: Update, *, is_whole: bool, is_deal
     for indices in indices_by_device_and_dtype(lists.flat()):
         group = {**inputs.group, "lr": _prepared_lr(inputs.group["lr"], lists.params[indices[0]].device)}
         is_single = group["foreach"] is False and ranks == 1
-        made = _whole(lists, indices) if is_whole else _cut(lists, indices, inputs.states["step"])
-        for parts in _together(made, inputs.params, is_single=is_single, ranks=ranks):
-            _update_parts(inputs, group, keys, parts, update, seeds)
+
+        def parts() -> Iterator[list[_Part]]:
+            made = _whole(lists, indices) if is_whole else _cut(lists, indices, inputs.states["step"])  # noqa: B023
+            return _together(made, inputs.params, is_single=is_single, ranks=ranks)  # noqa: B023
+
+        norms = None if measure is None else _measured(inputs, group, keys, parts(), measure, seeds)
+        for some in parts():
+            _update_parts(inputs, group, keys, some, update, seeds, norms)
 
 
 def _whole(lists: Lists, indices: Sequence[int]) -> Iterator[_Part]:
@@ -156,6 +137,28 @@ def _together(
         yield from filled(waiting, sizes, full)
 
 
+def _measured(
+    inputs: StepInputs,
+    group: Group,
+    keys: Sequence[str],
+    batches: Iterable[list[_Part]],
+    measure: Measure,
+    seeds: Sequence[Tensor],
+) -> Norms | None:
+    """The norms that an update asks for, of whole parameters; on the way it may have changed their state."""
+    norms: Norms | None = None
+    for parts in batches:
+        work = _Work.of(inputs, keys, parts)
+        kinds = measure(work.weights, work.grads, work.state, group)
+        norms = norms or Norms(inputs.params, len(kinds))
+        norms.add([part.unit for part in parts], kinds)
+        for kind in range(1, len(work.stored)):  # weights are not written to
+            _store(work.held[kind], work.stored[kind], parts, seeds[kind] if seeds else None, group)
+    if norms is not None:
+        norms.settle()
+    return norms
+
+
 def _update_parts(
     inputs: StepInputs,
     group: Group,
@@ -163,29 +166,64 @@ def _update_parts(
     parts: Sequence[_Part],
     update: Update,
     seeds: Sequence[Tensor],
+    norms: Norms | None,
 ) -> None:
-    stored = [[part.piece.tensors.param for part in parts]]
-    stored += [[part.piece.tensors.state[place] for part in parts] for place in range(len(keys))]
-    dtype = arithmetic_dtype(stored[0][0].dtype)
-    scales = [part.piece.tensors.scale for part in parts]
-    held = [[_arithmetic(t, scale, dtype) for t, scale in zip(tensors, scales, strict=True)] for tensors in stored]
-    weights, *averages = held
-    grads = [_prepared_gradient(part.piece.tensors.grad, dtype, inputs) for part in parts]
-    firsts = [part.unit.members[0] for part in parts]
-    state = {"step": [inputs.states["step"][first] for first in firsts], **dict(zip(keys, averages, strict=True))}
-    params = [inputs.params[first] for first in firsts]
-    update(weights, grads, state, group, Wholes(params, shares=group.get("share_work", False)))
-    rounds = group["stochastic_rounding"]
-    for kind, (results, tensors) in enumerate(zip(held, stored, strict=True)):
-        for part, result, tensor in zip(parts, results, tensors, strict=True):
-            if result is tensor:
-                continue
-            if tensor.dtype == torch.int8:
-                _store_in_codes(result, tensor, part, seeds[kind])
-            elif rounds and tensor.dtype == torch.bfloat16:
-                rounding.round_into(result, tensor, rounding.noise_of(part.piece, part.unit, seeds[kind]))
-            else:
-                tensor.copy_(result)
+    work = _Work.of(inputs, keys, parts)
+    units = [part.unit for part in parts]
+    params = [inputs.params[unit.members[0]] for unit in units]
+    wholes = Wholes(params, shares=group.get("share_work", False), norms=norms.of(units) if norms else ())
+    update(work.weights, work.grads, work.state, group, wholes)
+    for kind, (results, tensors) in enumerate(zip(work.held, work.stored, strict=True)):
+        _store(results, tensors, parts, seeds[kind] if seeds else None, group)
+
+
+class _Work(NamedTuple):
+    """What an update works on for parts of parameters.
+
+    Args:
+        stored: their weights, and each kind of their state.
+        held: the same as they are computed with.
+        grads: ready to descend along.
+        state: what of ``held`` is state, by key, and the counters.
+    """
+
+    stored: list[list[Tensor]]
+    held: list[list[Tensor]]
+    grads: list[Tensor]
+    state: dict[str, list[Tensor]]
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The weights as they are computed with."""
+        return self.held[0]
+
+    @classmethod
+    def of(cls, inputs: StepInputs, keys: Sequence[str], parts: Sequence[_Part]) -> _Work:
+        stored = [[part.piece.tensors.param for part in parts]]
+        stored += [[part.piece.tensors.state[place] for part in parts] for place in range(len(keys))]
+        dtype = arithmetic_dtype(stored[0][0].dtype)
+        scales = [part.piece.tensors.scale for part in parts]
+        held = [[_arithmetic(t, scale, dtype) for t, scale in zip(tensors, scales, strict=True)] for tensors in stored]
+        grads = [_prepared_gradient(part.piece.tensors.grad, dtype, inputs) for part in parts]
+        steps = [inputs.states["step"][part.unit.members[0]] for part in parts]
+        return cls(stored, held, grads, {"step": steps, **dict(zip(keys, held[1:], strict=True))})
+
+
+def _store(
+    results: Sequence[Tensor], stored: Sequence[Tensor], parts: Sequence[_Part], seeds: Tensor | None, group: Group
+) -> None:
+    """Write back what was not computed in place: rounded to low precision, or in codes."""
+    for part, result, tensor in zip(parts, results, stored, strict=True):
+        if result is tensor:
+            continue
+        if tensor.dtype == torch.int8:
+            assert seeds is not None
+            _store_in_codes(result, tensor, part, seeds)
+        elif group["stochastic_rounding"] and tensor.dtype == torch.bfloat16:
+            assert seeds is not None
+            rounding.round_into(result, tensor, rounding.noise_of(part.piece, part.unit, seeds))
+        else:
+            tensor.copy_(result)
 
 
 def _arithmetic(tensor: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:

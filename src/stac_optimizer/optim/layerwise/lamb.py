@@ -1,0 +1,138 @@
+"""LAMB: Adam's step, scaled for each layer to the norm of its weights.
+
+Reference: Large Batch Optimization for Deep Learning (You et al.), https://arxiv.org/abs/1904.00962.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from stac_optimizer.optim.layerwise.trust import trust_ratios
+from stac_optimizer.optimizer import RuleOptimizer
+from stac_optimizer.rule import COUNTER, Flags, Group, Hyperparameter, Rule, StateLists, StateTensor, TensorList, Wholes
+from stac_optimizer.rule.moments import add_scaled_, average_, average_squares_, bias_corrections, denominators
+from stac_optimizer.validation import clipping_range, non_negative, pair_of_fractions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["LAMB", "LAMBRule"]
+
+STATE = (COUNTER, StateTensor(key="exp_avg"), StateTensor(key="exp_avg_sq"))
+
+
+class LAMBRule(Rule):
+    r"""Algorithm 2 of the paper, in this order.
+
+    .. math::
+        m &\leftarrow \beta_1 m + (1 - \beta_1) g, \quad v \leftarrow \beta_2 v + (1 - \beta_2) g^2 \\
+        u &= \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon} + \lambda p \\
+        p &\leftarrow p - \text{lr} \, \frac{\phi(\lVert p \rVert)}{\lVert u \rVert} \, u
+
+    ========================== ==========================================================================
+    paper                      here
+    ========================== ==========================================================================
+    :math:`\beta_1, \beta_2`   ``betas``
+    :math:`\eta_t, \lambda`    ``lr``, ``weight_decay``
+    :math:`\phi`               clips to ``scale_clip``
+    :math:`m_t, v_t`           state ``exp_avg``, ``exp_avg_sq``, as the parameter
+    :math:`r_t + \lambda x_t`  :math:`u`
+    ========================== ==========================================================================
+    """
+
+    name = "lamb"
+    needs = "tensor"
+    hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {
+        "betas": Hyperparameter(default=(0.9, 0.999), check=pair_of_fractions),
+        "eps": Hyperparameter(default=1e-8, check=non_negative),
+        "scale_clip": Hyperparameter(default=(0.0, 10.0), check=clipping_range),
+    }
+    state_keys = ("step", "exp_avg", "exp_avg_sq")
+
+    def state(self, param: Tensor, group: Group) -> tuple[StateTensor, ...]:
+        return STATE
+
+    def measured(self, params: TensorList, grads: TensorList, state: StateLists, group: Group) -> Sequence[TensorList]:
+        beta1, beta2 = group["betas"]
+        average_(state["exp_avg"], grads, beta1)
+        average_squares_(state["exp_avg_sq"], grads, beta2)
+        return params, _directions(params, state, group)
+
+    def update(self, params: TensorList, grads: TensorList, state: StateLists, group: Group, wholes: Wholes) -> None:
+        directions = _directions(params, state, group)
+        weight_norms, step_norms = wholes.norms
+        torch._foreach_mul_(directions, trust_ratios(weight_norms, step_norms, group["scale_clip"]))
+        torch._foreach_mul_(directions, group["lr"])
+        torch._foreach_sub_(params, directions)
+
+
+def _directions(params: TensorList, state: StateLists, group: Group) -> TensorList:
+    """Adam's step of lr 1, decay added."""
+    beta1, beta2 = group["betas"]
+    directions = list(torch._foreach_div(state["exp_avg"], bias_corrections(state["step"], beta1)))
+    squares = state["exp_avg_sq"]
+    torch._foreach_div_(directions, denominators(squares, bias_corrections(state["step"], beta2), group["eps"]))
+    if group["weight_decay"]:
+        add_scaled_(directions, params, group["weight_decay"])
+    return directions
+
+
+class LAMB(RuleOptimizer):
+    r"""Adam's step, scaled for each parameter to the norm of its weights; made for very large batches.
+
+    .. math::
+        m \leftarrow \beta_1 m + (1 - \beta_1) g, \quad
+        v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \quad
+        u = \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon} + \text{weight\_decay} \cdot p, \quad
+        p \leftarrow p - \text{lr} \, \frac{\operatorname{clip}(\lVert p \rVert)}{\lVert u \rVert} \, u
+
+    Where either norm is 0 the ratio is 1. holocron's class of this name leaves out the corrections of the bias.
+
+    Args:
+        params: parameters, (name, parameter) pairs, or group dicts with hyper-parameters of their own.
+        lr: by what share of its norm a step moves a parameter, in [0, inf); a float or a one-element tensor.
+        betas: :math:`\beta_1, \beta_2`, each in [0, 1).
+        eps: :math:`\epsilon`, in [0, inf).
+        weight_decay: added to the step before its norm is taken, in [0, inf).
+        scale_clip: the least and the most norm of weights that a step is scaled to, or None for any.
+        **flags: see :class:`stac_optimizer.rule.Flags`.
+
+    State: ``step`` (0-dim float32), ``exp_avg`` and ``exp_avg_sq`` (as the weight).
+
+    Raises:
+        TypeError: an argument of the wrong type, or one that does not exist.
+        ValueError: an argument out of range, a misspelt group key.
+        RuntimeError: from :meth:`step`, before anything has changed: a gradient that cannot be applied.
+
+    Example:
+        >>> import torch
+        >>> from stac_optimizer.optim import LAMB
+        >>> weight = torch.nn.Parameter(torch.tensor([3.0, -4.0]))
+        >>> optimizer = LAMB([weight], lr=0.1)
+        >>> weight.grad = torch.tensor([2.0, -0.5])
+        >>> optimizer.step()
+        >>> [round(value, 4) for value in weight.tolist()]
+        [2.6464, -3.6464]
+
+    References:
+        Large Batch Optimization for Deep Learning: Training BERT in 76 minutes, https://arxiv.org/abs/1904.00962.
+    """
+
+    rule = LAMBRule()
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        scale_clip: tuple[float, float] | None = (0.0, 10.0),
+        **flags: Unpack[Flags],
+    ) -> None:
+        values = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "scale_clip": scale_clip}
+        super().__init__(params, {**values, **flags})

@@ -1,0 +1,62 @@
+"""Averages of gradients and of their squares, as Adam and its relatives keep them, on lists of tensors.
+
+A product and its sum are two operations each: as one they may round once or twice, by the length of the tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from stac_optimizer.tensors.kinds import has_data
+
+__all__ = ["Factors", "add_scaled_", "average_", "average_squares_", "bias_corrections", "denominators", "known_counts"]
+
+Factors: TypeAlias = list[float] | list[Tensor]
+"""A number for each tensor of a list; tensors where the host cannot know the counters."""
+
+
+def average_(averages: list[Tensor], values: list[Tensor], beta: float) -> None:
+    """In place m ← β · m + (1 − β) · x."""
+    torch._foreach_mul_(averages, beta)
+    torch._foreach_add_(averages, torch._foreach_mul(values, 1 - beta))
+
+
+def average_squares_(averages: list[Tensor], values: list[Tensor], beta: float) -> None:
+    """In place v ← β · v + (1 − β) · x²."""
+    squares = list(torch._foreach_mul(values, values))
+    average_(averages, squares, beta)
+
+
+def add_scaled_(tensors: list[Tensor], values: list[Tensor], factor: float | Tensor) -> None:
+    """In place t ← t + factor · x."""
+    torch._foreach_add_(tensors, torch._foreach_mul(values, factor))
+
+
+def bias_corrections(steps: Sequence[Tensor], beta: float) -> Factors:
+    """1 − β^t, by which an average that began at 0 is divided; without cancellation for β near 1."""
+    if not beta:
+        return [1.0] * len(steps)
+    counts = known_counts(steps)
+    if counts is None:
+        return [-torch.expm1(step * math.log(beta)) for step in steps]
+    return [-math.expm1(count * math.log(beta)) for count in counts]
+
+
+def known_counts(steps: Sequence[Tensor]) -> list[float] | None:
+    """The steps taken, the present one among them; None where reading them would wait, or there is nothing to read."""
+    if torch.compiler.is_compiling() or not all(step.is_cpu and has_data(step) for step in steps):
+        return None
+    return [step.item() for step in steps]
+
+
+def denominators(squares: list[Tensor], corrections: Factors, eps: float) -> list[Tensor]:
+    """√(v / correction) + ε."""
+    result = list(torch._foreach_div(squares, corrections))
+    torch._foreach_sqrt_(result)
+    torch._foreach_add_(result, eps)
+    return result

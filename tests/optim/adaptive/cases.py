@@ -1,0 +1,9 @@
+"""Rows of the table of rules."""
+
+from __future__ import annotations
+
+from tests.rule_case import RuleCase
+
+__all__ = ["ADAPTIVE"]
+
+ADAPTIVE: tuple[RuleCase, ...] = ()
