@@ -8,11 +8,12 @@ from glob import escape
 
 from torch import Tensor, nn
 
+from stac_optimizer.model.html import as_html
 from stac_optimizer.model.layers import Layers, STACLayer, find_layers
 from stac_optimizer.model.names import layer_of, listed
 from stac_optimizer.model.selection import in_place_of
 from stac_optimizer.model.selectors import Selector, last_layers
-from stac_optimizer.model.table import partition_table
+from stac_optimizer.model.table import Table, table_of
 from stac_optimizer.validation import count, warn
 
 __all__ = ["STACLayer", "STACPartition", "partition_trainable_layers", "split"]
@@ -70,10 +71,19 @@ class STACPartition:
     def __str__(self) -> str:
         """A table: a line for each layer, a total for each role and for both.
 
-        ``state bytes`` is what the optimizer keeps once every parameter has stepped ("-" where no optimizer was asked),
-        ``AdamW bytes`` what ``torch.optim.AdamW`` would keep. ``lr`` and ``decay`` are shown where they differ.
+        Layers that repeat each other in three or more numbered blocks share a line. ``state bytes`` is what the
+        optimizer keeps once every parameter has stepped ("-" where no optimizer was asked), ``AdamW bytes`` what
+        ``torch.optim.AdamW`` would keep. ``lr`` and ``decay`` are shown where they differ.
         """
-        return partition_table(self.trunk_layers, self.cap_layers, amsgrad=self.amsgrad, moved=self.moved)
+        return str(self._table)
+
+    def _repr_html_(self) -> str:
+        """The same in notebooks, roles in colour; a line of several layers unfolds to their names."""
+        return as_html(self._table)
+
+    @property
+    def _table(self) -> Table:
+        return table_of(self.trunk_layers, self.cap_layers, amsgrad=self.amsgrad, moved=self.moved)
 
 
 def split(
