@@ -1,4 +1,4 @@
-"""The README's and the docstrings' examples run, and the tables say what the code does."""
+"""The examples of README, pages and docstrings run, links lead somewhere, and the tables say what the code does."""
 
 from __future__ import annotations
 
@@ -21,42 +21,54 @@ from tests.runs import stepped
 from tests.support import assert_same_bits, set_gradients
 
 ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+LINKING = [*PAGES, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "examples/README.md"))]
 MODULES = ["stac_optimizer", *(m.name for m in pkgutil.walk_packages(stac_optimizer.__path__, "stac_optimizer."))]
+LAST_LINE = 260
 
 
-def blocks(language: str, text: str = README) -> list[str]:
-    """The fenced blocks of a language, the README's or another page's."""
+def blocks(language: str, text: str) -> list[str]:
+    """The fenced blocks of a language."""
     return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
-def test_readme_python_runs_from_top_to_bottom(capsys: pytest.CaptureFixture[str]) -> None:
+def page(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+def named(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def run(name: str, text: str) -> None:
     torch.manual_seed(0)
     namespace: dict[str, object] = {}
-    for code in blocks("python"):
-        exec(compile(code, "README.md", "exec"), namespace)
-    printed = capsys.readouterr().out.splitlines()
-    (shown,) = (block.splitlines() for block in blocks("text") if block.startswith("layer "))
-    assert printed[: len(shown)] == shown
+    for code in blocks("python", text):
+        exec(compile(code, name, "exec"), namespace)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_python_of_a_page_runs_from_top_to_bottom(page: Path) -> None:
-    torch.manual_seed(0)
-    namespace: dict[str, object] = {}
-    for code in blocks("python", page.read_text(encoding="utf-8")):
-        exec(compile(code, page.name, "exec"), namespace)
+@pytest.mark.parametrize("path", [path for path in PAGES if "```python" in path.read_text(encoding="utf-8")], ids=named)
+def test_python_of_a_page_runs_from_top_to_bottom(path: Path) -> None:
+    run(path.name, path.read_text(encoding="utf-8"))
 
 
-def test_readme_way_back_goes_on_as_adamw() -> None:
+def test_printed_partition_is_the_one_that_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    text = page("overrides-and-selectors.md")
+    run("overrides-and-selectors.md", text)
+    (shown,) = blocks("text", text)
+    assert capsys.readouterr().out == shown
+
+
+def test_documented_way_back_goes_on_as_adamw() -> None:
     """The cap goes on to the bit, the trunk begins anew. All of the state dict, which AdamW takes, bears no step."""
-    (code,) = (code for code in blocks("python") if "# and back" in code)
+    (code,) = (code for code in blocks("python", page("checkpoints.md")) if "# and back" in code)
     model, optimizer = stepped(weight_decay=1e-2, cap_lr=1e-3)
     namespace: dict[str, Any] = {"torch": torch, "copy": copy, "model": copy.deepcopy(model), "optimizer": None}
     namespace["optimizer"] = STAC(namespace["model"], weight_decay=1e-2, cap_lr=1e-3)
     namespace["optimizer"].load_state_dict(optimizer.state_dict())
-    exec(compile(code[code.rindex("adamw = ") :], "README.md", "exec"), namespace)
+    exec(compile(code[code.rindex("adamw = ") :], "checkpoints.md", "exec"), namespace)
     runs = (model, optimizer), (namespace["model"], namespace["adamw"])
     for seed in range(3):
         for each, stepping in runs:
@@ -74,27 +86,64 @@ def test_readme_way_back_goes_on_as_adamw() -> None:
         adamw.step()
 
 
-def test_readme_has_no_placeholder() -> None:
+def test_readme_is_short_and_whole() -> None:
+    assert len(README.splitlines()) <= LAST_LINE
     assert "@@" not in README
 
 
-def test_readme_shell_commands_use_the_constraints() -> None:
-    commands = [command for command in blocks("bash") if "venv" in command]
+def test_shell_commands_use_the_constraints() -> None:
+    commands = [command for command in blocks("bash", README) if "venv" in command]
     assert len(commands) == 2
     for command in commands:
         assert "-c constraints.txt" in command
         assert len(command.splitlines()) == 1
 
 
-def test_readme_lists_every_argument_and_public_name() -> None:
+def anchors(path: Path) -> set[str]:
+    """The headings of a page, as GitHub and the site name them in addresses."""
+    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\s-]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", LINKING, ids=named)
+def test_relative_links_lead_to_files_and_headings(path: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    dead = []
+    for link in re.findall(r"\]\((?!https?://)([^)\s]+)\)", text):
+        file, _, anchor = link.partition("#")
+        target = (path.parent / file).resolve() if file else path
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            dead.append(link)
+    assert dead == []
+
+
+def test_readme_lists_every_argument() -> None:
     arguments = list(inspect.signature(STAC).parameters)[1:]
-    table = README[README.index("## Arguments") : README.index("## Tuning")]
+    table = README[README.index("## Arguments") : README.index("## Traps")]
     assert [name for name in arguments if f"`{name}`" not in table] == []
-    assert [
-        name
-        for name in stac_optimizer.__all__
-        if not re.search(rf"\b{name}\b\W", README) and name not in ("STACLayer", "__version__")
-    ] == []
+
+
+def test_pages_speak_of_every_public_name() -> None:
+    guides = "\n".join(path.read_text(encoding="utf-8") for path in PAGES if path.parent != DOCS / "reference")
+    names = set(stac_optimizer.__all__) - {"STACLayer", "__version__"}
+    assert [name for name in sorted(names) if not re.search(rf"\b{name}\b\W", guides)] == []
+
+
+def test_table_of_classes_has_every_class() -> None:
+    classes = page("optimizers.md").partition("## The classes")[2]
+    assert [name for name in stac_optimizer.optim.__all__ if f"\n| `{name}` |" not in classes] == []
+
+
+def test_reference_has_every_public_name() -> None:
+    """By itself, or as one of a module's; whether each has a docstring the site's strict build asks."""
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted((DOCS / "reference").glob("*.md")))
+    shown = re.findall(r"^::: (\S+)$", text, flags=re.MULTILINE)
+    for path in filter(MODULES.__contains__, tuple(shown)):
+        shown += [f"{path}.{name}" for name in importlib.import_module(path).__all__]
+    objects = [pkgutil.resolve_name(path) for path in shown]
+    public = {name: getattr(stac_optimizer, name) for name in stac_optimizer.__all__ if name != "__version__"}
+    assert [name for name, each in public.items() if not any(each is other for other in objects)] == []
 
 
 def test_every_argument_is_documented() -> None:

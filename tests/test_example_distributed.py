@@ -18,7 +18,7 @@ import train_distributed
 from distributed_report import Report
 from tests.ranks import run_ranks
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[1] / "docs" / "many-processes.md").read_text(encoding="utf-8")
 MEASURED = (Path(__file__).parents[1] / "examples" / "README.md").read_text(encoding="utf-8")
 EXAMPLE = Path(__file__).parents[1] / "examples" / "train_distributed.py"
 SMALL = ["--steps", "6", "--batch-size", "12", "--context", "64", "--width", "16", "--depth", "1", "--heads", "2"]
@@ -79,20 +79,19 @@ def test_one_command_runs_it(tmp_path: Path) -> None:
     assert (tmp_path / "saved" / "checkpoint" / ".metadata").exists()
 
 
-def run_readme(code: str) -> list[bytes]:
-    """The weights of all models after the README's example."""
+def run_page(code: str) -> list[bytes]:
+    """The weights of all models after the page's example."""
     namespace: dict[str, Any] = {}
-    exec(compile(code, "README.md", "exec"), namespace)
+    exec(compile(code, "many-processes.md", "exec"), namespace)
     assert namespace["sharding"].partition.trunk_layer_names == namespace["averaging"].partition.trunk_layer_names
     optimizer = namespace["optimizer"]
     state = [value for entry in optimizer.state.values() for value in entry.values()]
     return [tensor.detach().numpy().tobytes() for tensor in (*namespace["model"].parameters(), *state)]
 
 
-def test_readme_example_of_many_processes_leaves_ranks_alike() -> None:
-    codes = re.findall(r"^```py\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
-    (code,) = [code for code in codes if "MajorityVote" in code]
-    first, second = run_ranks(run_readme, 2, code)
+def test_documented_example_of_many_processes_leaves_ranks_alike() -> None:
+    (code,) = re.findall(r"^```py\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
+    first, second = run_ranks(run_page, 2, code)
     assert first == second
 
 

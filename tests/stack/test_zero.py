@@ -31,7 +31,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 
 
 def _groups(model: nn.Module) -> list[dict[str, Any]]:
-    """As the README says: unnamed parameters, and a learning rate for each role."""
+    """As the page on frameworks says: unnamed parameters, and a learning rate for each role."""
     partition = partition_trainable_layers(model)
     return [
         {"params": list(partition.trunk_parameters), "stac_role": "trunk", "lr": 0.75e-2},
@@ -143,10 +143,10 @@ def test_arguments_of_one_role_are_refused() -> None:
     run_ranks(_refuse_what_is_for_models, 1)
 
 
-def _run_readme(code: str) -> None:
+def _run_page(code: str) -> None:
     model = wide_model()
     namespace: dict[str, Any] = {"model": model}
-    exec(compile(code, "README.md", "exec"), namespace)
+    exec(compile(code, "frameworks.md", "exec"), namespace)
     twin = STAC(copy.deepcopy(model), lr=1e-3, cap=last_layers(1) | norms(), weight_decay=1e-2)
     pairs = [
         (param, own)
@@ -161,8 +161,8 @@ def _run_readme(code: str) -> None:
         assert_same_bits(own.detach(), param.detach())
 
 
-def test_readme_recipe_equals_the_whole_optimizer() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    codes = re.findall(r"^```py\n(.*?)^```$", readme, flags=re.MULTILINE | re.DOTALL)
+def test_documented_recipe_equals_the_whole_optimizer() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "frameworks.md").read_text(encoding="utf-8")
+    codes = re.findall(r"^```py\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)
     (code,) = [code for code in codes if "ZeroRedundancyOptimizer" in code]
-    run_ranks(_run_readme, 2, code)
+    run_ranks(_run_page, 2, code)

@@ -59,6 +59,7 @@ COMMON_HYPERPARAMETERS: Mapping[str, Hyperparameter] = {
     "stochastic_rounding": Hyperparameter(default=False, check=boolean),
     "rounding_seed": Hyperparameter(default=0, check=count),
 }
+"""Group keys that every rule has."""
 
 # A rounded step is flat in lr and weight, so there is nothing to differentiate.
 EXCLUDED_FLAGS = (

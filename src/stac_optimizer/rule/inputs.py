@@ -13,6 +13,7 @@ from stac_optimizer.rule.hyperparameters import Group
 __all__ = ["StateLists", "StepInputs", "TensorList"]
 
 TensorList: TypeAlias = list[Tensor]
+"""Tensors of one device and dtype."""
 StateLists: TypeAlias = Mapping[str, list[Tensor]]
 """By key of the state a list, in the order of the parameters."""
 
@@ -39,3 +40,14 @@ class StepInputs(NamedTuple):
     positions: Sequence[int] = ()
     found_inf: Tensor | None = None
     voters: Voters | None = None
+
+    def only(self, chosen: Sequence[int]) -> StepInputs:
+        """The same of the parameters at these places."""
+        if len(chosen) == len(self.params):
+            return self
+        return self._replace(
+            params=[self.params[index] for index in chosen],
+            grads=[self.grads[index] for index in chosen],
+            states={key: [tensors[index] for index in chosen] for key, tensors in self.states.items()},
+            positions=[self.positions[index] for index in chosen] if self.positions else (),
+        )

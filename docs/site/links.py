@@ -1,0 +1,38 @@
+"""The README is the site's first page, and links work on GitHub and on the site alike.
+
+A hook of mkdocs. Pages link to files as they lie in the repository; what lies outside of ``docs`` is shown by GitHub.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+CODE = re.compile(r"(^```.*?^```$)", flags=re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"(?<=\]\()(?!https?://|#)([^)#\s]+)")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> None:
+    """Put the README in the place of an index."""
+    readme = Path(config.config_file_path).with_name("README.md").read_text(encoding="utf-8")
+    files.append(File.generated(config, "index.md", content=readme))
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: object) -> str:
+    """Turn links around: those of the README, and those that leave ``docs``."""
+    folder = "" if page.file.src_uri == "index.md" else posixpath.join("docs", posixpath.dirname(page.file.src_uri))
+
+    def turned(match: re.Match[str]) -> str:
+        target = posixpath.normpath(posixpath.join(folder, match[1]))
+        if target.startswith("docs/"):
+            return posixpath.relpath(target, folder or ".").removeprefix("docs/")
+        return f"{config.repo_url}/blob/main/{target}"
+
+    parts = CODE.split(markdown)
+    parts[::2] = [LINK.sub(turned, part) for part in parts[::2]]
+    return "".join(parts)
