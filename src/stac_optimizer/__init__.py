@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from stac_optimizer import optim, recipes
+from stac_optimizer import optim, recipes, wrappers
 from stac_optimizer.distributed.vote import MajorityVote
 from stac_optimizer.model.layers import STACLayer
 from stac_optimizer.model.partition import STACPartition, partition_trainable_layers
@@ -39,6 +39,7 @@ __all__ = [
     "recipes",
     "vectors",
     "where",
+    "wrappers",
 ]
 
 try:

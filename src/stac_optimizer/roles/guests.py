@@ -22,6 +22,7 @@ from stac_optimizer.distributed.shards import is_sharded
 from stac_optimizer.groups.foreign_state import tensors_in
 from stac_optimizer.rule import Group, Rule, StateTensor
 from stac_optimizer.rule.hyperparameters import EXCLUDED_FLAGS
+from stac_optimizer.wrappers.wrapper import Wrapper
 
 __all__ = ["MATRIX_CLASSES", "Guest", "GuestRule", "dry", "step_unseen", "without_data"]
 
@@ -81,6 +82,11 @@ class Guest:
     """Whether all its state stands in the host's."""
 
     def __init__(self, optimizer: Optimizer, role: str) -> None:
+        if isinstance(optimizer, Wrapper):
+            raise TypeError(
+                f"{role}_optimizer makes the wrapper {type(optimizer).__name__}, which goes around the whole: give its "
+                f"base to STAC, and wrap STAC, as in Lookahead(STAC(model, {role}_optimizer=torch.optim.SGD))"
+            )
         self.optimizer, self.role = optimizer, role
         self.rule = GuestRule(type(optimizer))
         # Of a class that makes state at once, as Adagrad. The host has none before its first step, as checkpoints of
