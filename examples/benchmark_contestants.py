@@ -15,7 +15,7 @@ from benchmark_shapes import Workload
 from stac_optimizer import STAC, parameters_where
 from stac_optimizer.optim import Muon
 
-__all__ = ["BASELINE", "CONTESTANTS", "Contestant", "LeftOutError"]
+__all__ = ["BASELINE", "CONTESTANTS", "SHARED", "Contestant", "LeftOutError", "found", "peer"]
 
 BASELINE = "AdamW"
 # What a step costs does not hang on these; all get the same.
@@ -117,15 +117,20 @@ def two_groups(workload: Workload) -> Optimizer:
     return torch.optim.AdamW(groups, **SHARED)
 
 
+def found(path: str) -> Any:
+    """What stands at an import path."""
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise LeftOutError(str(error)) from error
+
+
 def peer(path: str, *, cuda: bool = False, **arguments: Any) -> Callable[[Workload], Optimizer]:
     """An optimizer by its import path; for CUDA alone, where so said."""
 
     def build(workload: Workload) -> Optimizer:
-        module, _, name = path.rpartition(".")
-        try:
-            make = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError) as error:
-            raise LeftOutError(str(error)) from error
+        make = found(path)
         if cuda and workload.device.type != "cuda":
             raise LeftOutError("runs on CUDA alone")
         optimizer: Optimizer = make(workload.parameters, **SHARED, **arguments)

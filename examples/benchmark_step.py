@@ -37,6 +37,7 @@ from torch.autograd.profiler import profile
 from tqdm import tqdm
 
 from benchmark_contestants import BASELINE, CONTESTANTS, Contestant, LeftOutError
+from benchmark_family import FAMILY
 from benchmark_report import Report, Result, describe_machine, draw_bars, format_table, write_json
 from benchmark_shapes import SHAPES, Workload
 from command_line import Parser, at_least_one, not_negative, output_folder, positive, usable_device
@@ -241,6 +242,9 @@ def main(argv: Sequence[str] | None = None) -> Report:
         "--contestants", nargs="+", metavar="PART", help=f"those with one of these in their names, and {BASELINE}"
     )
     parser.add_argument(
+        "--family", action="store_true", help="the classes of stac_optimizer.optim beside the packages they come from"
+    )
+    parser.add_argument(
         "--out", type=output_folder, default="benchmark", help="folder to write to (default: %(default)s)"
     )
     options = parser.parse_args(argv)
@@ -249,7 +253,8 @@ def main(argv: Sequence[str] | None = None) -> Report:
     machine = describe_machine(device)
     workload = Workload(SHAPES[options.shapes](), dtype=DTYPES[options.dtype], device=device)
     parts = options.contestants or [""]
-    chosen = [one for one in CONTESTANTS if one.name == BASELINE or any(part in one.name for part in parts)]
+    table = [*CONTESTANTS[:1], *FAMILY] if options.family else CONTESTANTS
+    chosen = [one for one in table if one.name == BASELINE or any(part in one.name for part in parts)]
     racers, left_out = enter(chosen, workload, limit=options.patience)
     copy_speed, in_place_speed = race(racers, device, warmup=options.warmup, steps=options.steps, budget=options.budget)
     baseline = next(racer for racer in racers if racer.name == BASELINE)
@@ -268,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
         machine=machine,
     )
     print(format_table(report))
-    stem = f"{options.shapes}-{options.dtype}-{device.type}"
+    stem = f"{'family-' if options.family else ''}{options.shapes}-{options.dtype}-{device.type}"
     write_json(report, options.out / f"{stem}.json")
     draw_bars(report, options.out / f"{stem}.png")
     print(f"written: {options.out / stem}.json and .png")

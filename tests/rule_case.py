@@ -32,6 +32,7 @@ class RuleCase:
         agrees_by_bits: whether all paths give the same bits; where not, the rule's own tests tell what they must give.
         slack: roundings, in units of the dtype's epsilon, by which a result may differ from the reference.
         dtypes: those on which the reference binds.
+        decays_alone: whether weights lose lr · weight_decay of themselves where their gradients are 0.
     """
 
     name: str
@@ -43,6 +44,7 @@ class RuleCase:
     agrees_by_bits: bool = True
     slack: float = 1.5  # decay and step round once each, to at most half an epsilon; measured 1.06
     dtypes: tuple[torch.dtype, ...] = DTYPES
+    decays_alone: bool = True
 
     def optimizer(self, params: Mapping[str, Tensor], path: str, **overrides: Any) -> RuleOptimizer:
         """The class alone, over these parameters in one group."""

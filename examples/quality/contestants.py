@@ -132,6 +132,8 @@ ALL_SIGN: Space = {"lr": SIGN_RATE, "decay": SIGN_DECAY}
 CONTESTANTS: dict[str, Contestant] = {
     ADAMW: Contestant(ALL_ADAM, of_class(torch.optim.AdamW, uses_betas=True)),
     "AdamW, two rates": Contestant(two_rates(ADAM_RATE, ADAM_RATE, ADAM_DECAY), adamw_of_two_rates),
+    # At the weight of the Laplacian that its authors advise for physics-informed networks and perceptrons.
+    "LAdam": Contestant(ALL_ADAM, of_class(optim.LAdam, uses_betas=True, c2=1e-5, decoupled_weight_decay=True)),
     "NAdam": Contestant(ALL_ADAM, of_class(torch.optim.NAdam, uses_betas=True, decoupled_weight_decay=True)),
     "Lion": Contestant(ALL_SIGN, of_class(optim.Lion)),
     "Signum": Contestant(ALL_SIGN, of_class(optim.Signum)),

@@ -24,7 +24,7 @@ from stac_optimizer.stepping.copies import has_foreign, step_by_copies, try_kind
 from stac_optimizer.stepping.failures import Attempt
 from stac_optimizer.stepping.gathering import Declared, resolved, states_of_kind, with_state
 from stac_optimizer.stepping.release import GradientRelease
-from stac_optimizer.stepping.voting import check_on_all_ranks, share_gradients_
+from stac_optimizer.stepping.voting import check_on_all_ranks, share_gradients_, warn_of_equal_gradients
 from stac_optimizer.validation import mapping, warn
 
 __all__ = ["RuleOptimizer"]
@@ -35,8 +35,18 @@ __all__ = ["RuleOptimizer"]
 # do not, a DTensor does not see what is written to its local part, nor anyone what a foreign optimizer writes to
 # ``param.data``. So each step counts once more, but for a recorded one, whose own backward needs the counts it saw.
 
-# By the third step without any gradient ever something is wrong.
+# By the third step without any gradient something is wrong: ever, or once all parameters are frozen that were not.
 IDLE_STEPS = 3
+NEVER_BEGUN = (
+    f"none of the optimizer's parameters has had a gradient in {IDLE_STEPS} steps, so nothing was ever updated. Either "
+    "the model has other parameters by now, as after fully_shard, which replaces them: build the optimizer after that. "
+    "Or backward did not run, or gradients were set to None before the step"
+)
+STOPPED = (
+    f"all of the optimizer's parameters are frozen by now, and in {IDLE_STEPS} steps none had a gradient: what trains, "
+    "such as an adapter that was added or made active later, is not in this optimizer. Build the optimizer anew, or "
+    "add it with add_param_group"
+)
 
 
 class RuleOptimizer(Optimizer):
@@ -310,6 +320,8 @@ class RuleOptimizer(Optimizer):
         """
         if self._voters is not None:
             verdict = check_on_all_ranks(self._voters, groups, self._rules, is_first=is_first)
+            if not verdict.only_makes_state:
+                warn_of_equal_gradients(self._voters, groups, self._rules)
             share_gradients_(self._voters, groups, self._rules, verdict)
             return verdict.only_makes_state
         changed = self._release is not None
@@ -387,24 +399,23 @@ class RuleOptimizer(Optimizer):
             grads.append(grad)
 
     def _watch(self, groups: Sequence[Group]) -> None:
-        """Warn once of an optimizer without any gradient ever, for a step that does nothing would otherwise not show.
+        """Warn once of an optimizer that has no gradient ever, or none any more, all of it being frozen.
+
+        A step that does nothing would otherwise not show.
 
         Not where parameters have no names: libraries that deal them out over ranks may give one rank unused ones alone.
         """
-        if self._had_gradient or self._idle_steps == IDLE_STEPS:
+        if self._idle_steps == IDLE_STEPS:
             return
-        params = [param for group in groups for param in group["params"]]
-        self._had_gradient = any(param.grad is not None for param in params)
-        is_idle = not self._had_gradient and any(param.requires_grad for param in params)
-        if not is_idle or self._release is not None or any("param_names" not in group for group in groups):
+        if any(param.grad is not None for group in groups for param in group["params"]):
+            self._had_gradient, self._idle_steps = True, 0
+            return
+        trains = any(param.requires_grad for group in groups for param in group["params"])
+        if trains is self._had_gradient or self._release is not None or any("param_names" not in g for g in groups):
             return
         self._idle_steps += 1
         if self._idle_steps == IDLE_STEPS:
-            warn(
-                f"none of the optimizer's parameters has had a gradient in {IDLE_STEPS} steps, so nothing was ever "
-                "updated. Either the model has other parameters by now, as after fully_shard, which replaces them: "
-                "build the optimizer after that. Or backward did not run, or gradients were set to None before the step"
-            )
+            warn(STOPPED if self._had_gradient else NEVER_BEGUN)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned.

@@ -36,6 +36,7 @@ from stac_optimizer.roles.updater import OptimizerFunction, Updater
 from stac_optimizer.rule import Group
 from stac_optimizer.stepping.checks import check_finite
 from stac_optimizer.stepping.watch import IdleRoles, OneLr, OtherSchedule
+from stac_optimizer.tensors.torch_private import count_as_stepped
 from stac_optimizer.validation import mapping, warn
 
 __all__ = ["STAC"]
@@ -323,7 +324,8 @@ class STAC(RuleOptimizer):
     def state_bytes(self) -> int:
         """Bytes of the state once every parameter has stepped, and meanwhile what those that have not will hold.
 
-        Of a foreign optimizer a step without data tells, where it can do one; else what it holds by now counts.
+        Of a foreign optimizer a step without data tells, where it can do one; else what it holds by now counts. What is
+        sharded, as under FSDP2, counts whole: these are the bytes of all its ranks together.
         """
         native = [group for group in self.param_groups if not self._rules[group["rule"]].is_guest]
         held = sum(self._state_bytes(param, group) for group in native for param in group["params"])
@@ -491,6 +493,7 @@ class STAC(RuleOptimizer):
         given = mapping("state_dict", state_dict)
         self.load_state_dict(from_adamw(given, model, present, self.param_groups, self._rules))
         self._other_schedule = OtherSchedule(given["param_groups"])
+        count_as_stepped(self)
 
     def state_dict(self) -> dict[str, Any]:
         """State and groups, as torch has them; under ``guests`` what foreign optimizers keep elsewhere."""

@@ -21,7 +21,7 @@ from stac_optimizer import named, vectors
 from stac_optimizer.optim import Muon
 from stac_optimizer.optim.muon import muon as muon_file
 from stac_optimizer.optim.muon.matrices import signs_of_matrices
-from stac_optimizer.rule import preparation
+from stac_optimizer.rule import parts
 from stac_optimizer.tensors import cutting
 from tests.distributed.test_fsdp2 import (
     even_model,
@@ -80,7 +80,7 @@ def _ended(shard: Sharding, make: Any, case: str) -> dict[str, Any]:
 
 def _assert_each_steps_as_whole(shardings: tuple[str, ...], folder: Path, full_list: int | None) -> None:
     if full_list is not None:  # so that there are several lists, which end before ranks have any part of some matrices
-        cutting.BLOCK_NUMEL, preparation.DEALT = full_list, 1
+        cutting.BLOCK_NUMEL, parts.DEALT = full_list, 1
     differing = []
     for sharding in shardings:
         shard, make, unfit = SHARDINGS[sharding]

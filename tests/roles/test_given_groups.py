@@ -162,6 +162,8 @@ def test_decay_groups_as_for_adamw_name_the_line_to_write() -> None:
     optimizer = eval(line, {"STAC": STAC, "vectors": vectors, "model": model})
     held = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    # As transformers' Trainer makes groups, unless it finds "model" among the arguments.
+    assert str(raised.value).endswith('give it the model among the arguments: (STAC, {"model": model, ...})')
 
 
 @pytest.mark.parametrize("arguments", [{"last_n_layers": -1}, {"cap": last_layers(1)}], ids=["last_n_layers", "cap"])

@@ -24,6 +24,7 @@ from stac_optimizer.optim import Signum
 from tests.ranks import run_ranks
 from tests.runs import process_group
 from tests.support import assert_same_bits, seeded_loss, set_gradients, small_model, snapshot
+from tests.voting import seed_of
 
 
 def message_of(error: type[Exception], action: Any, *arguments: Any, **keywords: Any) -> str:
@@ -37,7 +38,7 @@ def bad_gradient(kind: str, flags: dict[str, Any]) -> str:
     model = small_model()
     optimizer = STAC(model, vote=MajorityVote(), **flags)
     for step in range(2):
-        set_gradients(model, step)
+        set_gradients(model, seed_of(step))
         optimizer.step()
     before = snapshot(model, optimizer)
     weight = model.get_parameter("0.weight")

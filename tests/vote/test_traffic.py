@@ -47,7 +47,7 @@ def bytes_of(encoding: str) -> tuple[int, int]:
     param = nn.Parameter(torch.zeros(NUMEL))
     groups = [{"params": [("weight", param)], "stac_role": "trunk"}]
     optimizer = STAC(groups, vote=MajorityVote(encoding=encoding))
-    param.grad = torch.randn(NUMEL)
+    param.grad = torch.randn(NUMEL) + dist.get_rank()
     optimizer.step()
     return traffic(lambda: dist.all_reduce(torch.zeros(NUMEL))), traffic(optimizer.step)
 

@@ -21,10 +21,13 @@ __all__ = [
     "local_views",
     "real_parts",
     "roots_of_sums_over_shards",
+    "row_sums_over_shards",
     "run_offset",
     "sum_over_ranks",
     "sum_over_shards",
+    "sums_over_rows",
     "waited",
+    "which_are_cut",
     "zeros_by_row",
 ]
 
@@ -107,6 +110,13 @@ def is_cut(param: Any) -> bool:
     return any(dim is not None for dim in _cut_dims(param))
 
 
+def which_are_cut(params: Sequence[Any]) -> list[int]:
+    """The places of those parameters of which ranks hold different parts."""
+    if not torch.compiler.is_compiling() and PLAIN_TYPES.issuperset(map(type, params)):
+        return []
+    return [index for index, param in enumerate(params) if is_cut(param)]
+
+
 def is_sharded_in_runs(param: Tensor) -> bool:
     """Whether what each rank holds of the parameter is one run of the whole's memory."""
     if not is_cut(param):
@@ -136,15 +146,46 @@ def sum_over_shards(value: Tensor, param: Any) -> Tensor:
 
 def roots_of_sums_over_shards(norms: Sequence[Tensor], params: Sequence[Any]) -> list[Tensor]:
     """The norms of whole parameters, given those of this rank's shards; one collective for all that are cut alike."""
-    wholes, alike = list(norms), dict[Any, list[int]]()
-    for index, param in enumerate(params):
-        if is_cut(param):
-            alike.setdefault((param.device_mesh, tuple(dim is not None for dim in _cut_dims(param))), []).append(index)
+    cut = which_are_cut(params)
+    are_summed = [[dim is not None for dim in _cut_dims(params[index])] for index in cut]
+    sums = _summed_together([norms[index].square() for index in cut], [params[index] for index in cut], are_summed)
+    wholes = list(norms)
+    for index, squares in zip(cut, sums, strict=True):
+        wholes[index] = squares.sqrt()
+    return wholes
+
+
+def row_sums_over_shards(rows: Tensor, param: Any) -> Tensor:
+    """Sums over this rank's part of each row, made those of whole rows, where ranks hold parts of rows."""
+    is_summed = [dim not in (0, None) for dim in _cut_dims(param)]
+    return sum_over_ranks(rows, param, is_summed=is_summed) if any(is_summed) else rows
+
+
+def sums_over_rows(values: Sequence[Tensor], params: Sequence[Any]) -> list[Tensor]:
+    """What the rows on this rank contribute to sums over all rows, added up; one collective for all cut alike.
+
+    Args:
+        values: for each parameter, all of one shape.
+        params: the parameters.
+    """
+    return _summed_together(values, params, [[dim == 0 for dim in _cut_dims(param)] for param in params])
+
+
+def _summed_together(
+    values: Sequence[Tensor], params: Sequence[Any], are_summed: Sequence[Sequence[bool]]
+) -> list[Tensor]:
+    """Values of one shape added up, each over these dimensions of its parameter's mesh."""
+    wholes = list(values)
+    alike: dict[Any, list[int]] = {}
+    for index, (param, is_summed) in enumerate(zip(params, are_summed, strict=True)):
+        if any(is_summed):
+            alike.setdefault((param.device_mesh, tuple(is_summed)), []).append(index)
     for (_, is_summed), indices in alike.items():
-        squares = torch.stack([norms[index] for index in indices]).square()
-        sums = sum_over_ranks(squares, params[indices[0]], is_summed=is_summed)
-        for index, norm in zip(indices, sums.sqrt().unbind(), strict=True):
-            wholes[index] = norm
+        sums = sum_over_ranks(
+            torch.stack([values[index] for index in indices]), params[indices[0]], is_summed=is_summed
+        )
+        for index, whole in zip(indices, sums.unbind(), strict=True):
+            wholes[index] = whole
     return wholes
 
 

@@ -110,6 +110,8 @@ class Voters:
         if vote.encoding == "int8" and self.size > MOST_INT8_VOTERS:
             raise ValueError(f"encoding='int8' sums at most {MOST_INT8_VOTERS} votes, got {self.size} ranks")
         self._wrapped = wrapped
+        # Whether ranks have asked each other if there is anything to vote on; where a hook leaves it to them, there is.
+        self.has_compared = self.size == 1 or bool(wrapped)
         self._averaged: set[int] = set()
         self._voted: set[int] = set()
         # What a hook has left to the votes of the next step.

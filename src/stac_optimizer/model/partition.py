@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, replace
 from glob import escape
@@ -17,6 +18,9 @@ from stac_optimizer.model.table import Table, table_of
 from stac_optimizer.validation import count, warn
 
 __all__ = ["STACLayer", "STACPartition", "partition_trainable_layers", "split"]
+
+# What PEFT calls the parts of its adapters: h.0.attn.lora_B.default, h.0.mlp.ia3_l.
+ADAPTER = re.compile(r"\.((?:lora|ia3)_\w+)")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -113,6 +117,7 @@ def split(
     if cap is not None:
         _warn_of_tied_end(layers, cap, in_cap)
         _warn_of_frozen_end(layers, cap, in_cap)
+        _warn_of_adapters(layers, cap, in_cap)
     in_trunk = {name for name, _ in layers.named_parameters} - in_cap
     return STACPartition(trunk_layers=_parts(layers, in_trunk), cap_layers=_parts(layers, in_cap), moved=moved)
 
@@ -161,6 +166,22 @@ def _warn_of_frozen_end(layers: Layers, cap: Selector, in_cap: Container[str]) -
         )
 
 
+def _warn_of_adapters(layers: Layers, cap: Selector, in_cap: Container[str]) -> None:
+    """Warn where a cap counts from the end of a model that ends in adapters, of which it then has some by chance."""
+    found = ADAPTER.search(layers.names[-1]) if cap.from_end else None
+    if found is None:
+        return
+    kind = found.group(1)
+    of_kind = [layer for layer in layers.layers if kind in layer.name.split(".")]
+    held = [layer.name for layer in of_kind if layer.parameter_names[0] in in_cap]
+    if len(held) < len(of_kind):
+        warn(
+            f"the model ends in adapters, and no layer that is its head trains: the cap has {listed(held, 2)}, "
+            f"{len(held)} of {len(of_kind)} layers {kind!r}, only because it comes last. To have all of them in the "
+            f"cap, write cap=named('*.{kind}'), of a recipe also_cap=named('*.{kind}'); to have none, last_n_layers=0"
+        )
+
+
 def _parts(layers: Layers, names: Container[str]) -> tuple[STACLayer, ...]:
     """The layers with those of their parameters that have these names, without layers that have none."""
     parts = []
@@ -204,8 +225,8 @@ def partition_trainable_layers(
             nothing.
 
     Warns:
-        UserWarning: the cap counts from the end, and the model ends in a tied head whose weight is in the trunk, or in
-            frozen layers alone.
+        UserWarning: the cap counts from the end, and the model ends in a tied head whose weight is in the trunk, in
+            frozen layers alone, or in adapters.
 
     Example:
         >>> from torch import nn

@@ -134,7 +134,8 @@ def planned_as_given(given: Iterable[Any], where_of_one: str | None = None) -> l
             raise ValueError(
                 f"{where}stac_role must be one of 'trunk', 'cap', got None: groups must say which role they are of. To "
                 "let STAC split a model, pass the model itself, and what differs between parameters as overrides: "
-                f"STAC(model, {_shared_decay(given)}overrides=[(vectors(), {{'weight_decay': 0.0}})])"
+                f"STAC(model, {_shared_decay(given)}overrides=[(vectors(), {{'weight_decay': 0.0}})]). Where a trainer "
+                'makes the groups, give it the model among the arguments: (STAC, {"model": model, ...})'
             )
         role = one_of(where + "stac_role", group["stac_role"], ROLES)
         params, names = given_params(group, where)

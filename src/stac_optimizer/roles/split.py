@@ -119,8 +119,8 @@ def warn_of_embeddings(
     if found:
         what = "the embedding" if len(found) == 1 else "the embeddings"
         warn(
-            f"the trunk holds {what} {', '.join(map(repr, found))}: rows of tokens that are absent from a batch keep "
-            "moving by the full lr, for the sign of their gradient average outlives their gradient. Pass "
+            f"the trunk holds {what} {', '.join(map(repr, found))}: rows that a batch does not use, of absent tokens "
+            "or positions, keep moving by the full lr, for the sign of their average outlives their gradient. Pass "
             f"{'trunk_cautious=True' if is_own else 'cautious=True in trunk_optimizer'}, or put embeddings in the cap "
             "with cap=last_layers(1) | embeddings()"
         )

@@ -14,7 +14,7 @@ from stac_optimizer.distributed.shards import is_sharded, is_sharded_in_runs
 from stac_optimizer.distributed.vote import Voters
 from stac_optimizer.rule.hyperparameters import Group, Hyperparameter
 from stac_optimizer.rule.inputs import StateLists, StepInputs, TensorList
-from stac_optimizer.rule.preparation import step_prepared
+from stac_optimizer.rule.preparation import Measuring, step_prepared
 from stac_optimizer.rule.state import StateTensor
 from stac_optimizer.rule.wholes import Wholes
 from stac_optimizer.tensors.kinds import is_fake
@@ -47,6 +47,9 @@ class Rule(ABC):
 
     state_keys: ClassVar[tuple[str, ...]]
     """Every key that :meth:`state` may declare, the counter's "step" first."""
+
+    numbers: ClassVar[tuple[str, ...]] = ()
+    """Keys of state of which a parameter has one number, which :meth:`settled` alone sees."""
 
     paths: ClassVar[frozenset[str]] = frozenset({"single", "foreach"})
     """The ways it can run: "single", "foreach", "fused"."""
@@ -88,7 +91,8 @@ class Rule(ABC):
         step_prepared(
             inputs,
             self.update,
-            measure=self.measured if self._measures else None,
+            measuring=Measuring(self.measured, self.settled) if self._measures else None,
+            numbers=self.numbers,
             is_whole=self.needs_whole(inputs.group),
             is_dealt=self.needs == "matrix",
         )
@@ -96,12 +100,30 @@ class Rule(ABC):
     def measured(self, params: TensorList, grads: TensorList, state: StateLists, group: Group) -> Sequence[TensorList]:
         """For rules that ask for norms of whole parameters, and are elementwise besides: the first half of an update.
 
-        It runs on all parts before :meth:`update` runs on any, may change the state, and must not change parameters.
+        It runs on all parts of a parameter before :meth:`update` runs on any, and must not change parameters. It may
+        change the state, as the update then finds it; what is stored in low precision may be measured twice, each time
+        from the same state.
 
         Returns:
             Lists of tensors, each with one for each of ``params``; ``wholes.norms`` then has their norms.
         """
         raise TypeError(f"{type(self).__name__} measures nothing")
+
+    def settled(
+        self, measured: Sequence[TensorList], state: StateLists, group: Group, wholes: Wholes
+    ) -> Sequence[TensorList]:
+        """Between the halves: what an update is to know of whole parameters, made of the norms that were measured.
+
+        Args:
+            measured: for each list that :meth:`measured` returned, the norms of these parameters.
+            state: theirs as the optimizer holds it; that of ``numbers`` may be changed.
+            group: the hyper-parameters.
+            wholes: what can be asked of the parameters.
+
+        Returns:
+            Lists of numbers, each with one for each parameter, which ``wholes.settled`` then has for parts of them.
+        """
+        return measured
 
     @property
     def _measures(self) -> bool:

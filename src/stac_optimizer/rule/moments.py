@@ -7,17 +7,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from stac_optimizer.tensors.kinds import has_data
 
-__all__ = ["Factors", "add_scaled_", "average_", "average_squares_", "bias_corrections", "denominators", "known_counts"]
+__all__ = [
+    "Factors",
+    "add_scaled_",
+    "assign_",
+    "average_",
+    "average_squares_",
+    "bias_corrections",
+    "denominators",
+    "descend_",
+    "known_counts",
+    "largest",
+]
 
 Factors: TypeAlias = list[float] | list[Tensor]
 """A number for each tensor of a list; tensors where the host cannot know the counters."""
+
+
+def assign_(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """In place t ← x, also where it is recorded, which the call for lists is not."""
+    if torch.is_grad_enabled():
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.copy_(value)
+    else:
+        torch._foreach_copy_(list(tensors), list(values))
 
 
 def average_(averages: list[Tensor], values: list[Tensor], beta: float) -> None:
@@ -28,11 +48,13 @@ def average_(averages: list[Tensor], values: list[Tensor], beta: float) -> None:
 
 def average_squares_(averages: list[Tensor], values: list[Tensor], beta: float) -> None:
     """In place v ← β · v + (1 − β) · x²."""
-    squares = list(torch._foreach_mul(values, values))
-    average_(averages, squares, beta)
+    squares = torch._foreach_mul(values, values)
+    torch._foreach_mul_(squares, 1 - beta)
+    torch._foreach_mul_(averages, beta)
+    torch._foreach_add_(averages, squares)
 
 
-def add_scaled_(tensors: list[Tensor], values: list[Tensor], factor: float | Tensor) -> None:
+def add_scaled_(tensors: list[Tensor], values: list[Tensor], factor: float | Tensor | Factors) -> None:
     """In place t ← t + factor · x."""
     torch._foreach_add_(tensors, torch._foreach_mul(values, factor))
 
@@ -54,9 +76,26 @@ def known_counts(steps: Sequence[Tensor]) -> list[float] | None:
     return [step.item() for step in steps]
 
 
+def largest(seen: list[Tensor] | None, values: list[Tensor]) -> list[Tensor]:
+    """AMSGrad's: the largest values seen so far, kept in place, these among them; where none are kept, these."""
+    if seen is None:
+        return values
+    torch._foreach_maximum_(seen, values)
+    return seen
+
+
+def descend_(
+    params: list[Tensor], directions: list[Tensor], lr: float | Tensor, corrections: Factors | None = None
+) -> None:
+    """In place p ← p − lr / correction · u; the directions are written to."""
+    rates: Any = lr if corrections is None else [lr / correction for correction in corrections]
+    torch._foreach_mul_(directions, rates)
+    torch._foreach_sub_(params, directions)
+
+
 def denominators(squares: list[Tensor], corrections: Factors, eps: float) -> list[Tensor]:
     """√(v / correction) + ε."""
-    result = list(torch._foreach_div(squares, corrections))
-    torch._foreach_sqrt_(result)
+    result = list(torch._foreach_sqrt(squares))
+    torch._foreach_div_(result, [correction**0.5 for correction in corrections])
     torch._foreach_add_(result, eps)
     return result

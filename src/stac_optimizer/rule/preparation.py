@@ -7,30 +7,29 @@ gradients, counting, and blocks or lists of bounded memory (Note [Units of work]
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from stac_optimizer.distributed.dealing import ranks_to_deal_to
-from stac_optimizer.distributed.shards import is_cut, real_parts, run_offset
+from stac_optimizer.distributed.shards import real_parts, run_offset, which_are_cut
 from stac_optimizer.rule.hyperparameters import Group
 from stac_optimizer.rule.inputs import StateLists, StepInputs, TensorList
+from stac_optimizer.rule.parts import Part, cut_parts, in_one_part, row_parts, together, whole_parts
+from stac_optimizer.rule.rows import RowSums
 from stac_optimizer.rule.state import count_step_
-from stac_optimizer.rule.wholes import Norms, Wholes
+from stac_optimizer.rule.wholes import Factors, Norms, Wholes
 from stac_optimizer.tensors import codes, rounding
-from stac_optimizer.tensors.cutting import block_numel, filled, units
-from stac_optimizer.tensors.kinds import has_data
 from stac_optimizer.tensors.layouts import indices_by_device_and_dtype
-from stac_optimizer.tensors.pieces import Lists, Piece, Tensors, Unit, is_recorded
+from stac_optimizer.tensors.pieces import Lists, Piece, Tensors
 from stac_optimizer.tensors.precision import arithmetic_dtype, arithmetic_lr, unscaled
 
-__all__ = ["step_prepared"]
+__all__ = ["Measuring", "step_prepared"]
 
 SCALE = "exp_avg_scale"
-# So many sharded parameters for each rank are dealt out at once: enough that their different sizes even out. Of plain
-# ones, of which each rank has all in memory, one.
-DEALT = 4
 
 
 Update: TypeAlias = Callable[[TensorList, TensorList, StateLists, Group, Wholes], None]
@@ -40,23 +39,30 @@ Measure: TypeAlias = Callable[[TensorList, TensorList, StateLists, Group], Seque
 """See :meth:`stac_optimizer.rule.Rule.measured`."""
 
 
-class _Part(NamedTuple):
-    """A piece of the parameters at these places of the lists.
+Settle: TypeAlias = Callable[[Sequence[TensorList], StateLists, Group, Wholes], Sequence[TensorList]]
+"""See :meth:`stac_optimizer.rule.Rule.settled`."""
+
+
+class Measuring(NamedTuple):
+    """What a rule asks of whole parameters before it updates any part of them.
 
     Args:
-        piece: the piece.
-        unit: whose members are those places, several of a pack.
+        measure: is called on all parts of a parameter before any is updated.
+        settle: is called once on what that gave of the whole.
+        by_rows: whether those are sums over rows, and parts are cut between rows; else norms.
     """
 
-    piece: Piece
-    unit: Unit
+    measure: Measure
+    settle: Settle
+    by_rows: bool = False
 
 
 def step_prepared(
     inputs: StepInputs,
     update: Update,
     *,
-    measure: Measure | None = None,
+    measuring: Measuring | None = None,
+    numbers: Sequence[str] = (),
     is_whole: bool = False,
     is_dealt: bool = False,
 ) -> None:
@@ -65,14 +71,30 @@ def step_prepared(
     Args:
         inputs: of one group.
         update: the rule's.
-        measure: what is done first on all parts of all parameters, where the update asks for norms of whole ones.
+        measuring: what is done first, where the update asks for what only whole parameters tell.
+        numbers: the keys of state of which a parameter has one number.
         is_whole: whether it must get whole parameters.
         is_dealt: whether ranks share out what it computes of them, so that several must be at hand at once.
     """
+    # What a recorded operation keeps for backward, a later one may write to.
+    keeps = saved_tensors_hooks(_copied, _as_it_is) if inputs.group["differentiable"] else nullcontext()
+    with keeps:
+        _step(inputs, update, measuring, numbers, is_whole=is_whole, is_dealt=is_dealt)
+
+
+def _step(
+    inputs: StepInputs,
+    update: Update,
+    measuring: Measuring | None,
+    numbers: Sequence[str],
+    *,
+    is_whole: bool,
+    is_dealt: bool,
+) -> None:
     shares = inputs.group.get("share_work", False)
     ranks = ranks_to_deal_to(inputs.params, shares=shares) if is_dealt else 1
     count_step_(inputs.states["step"], never_stops=inputs.group["stochastic_rounding"] or SCALE in inputs.states)
-    keys = [key for key in inputs.states if key not in ("step", SCALE)]
+    keys = [key for key in inputs.states if key not in ("step", SCALE, *numbers)]
     lists = Lists(
         real_parts(inputs.params),
         real_parts(inputs.grads, inputs.params),
@@ -83,134 +105,152 @@ def step_prepared(
     seeds = _noise_seeds(inputs, len(keys)) if has_noise else []
     for indices in indices_by_device_and_dtype(lists.flat()):
         group = {**inputs.group, "lr": _prepared_lr(inputs.group["lr"], lists.params[indices[0]].device)}
-        is_single = group["foreach"] is False and ranks == 1
-
-        def parts() -> Iterator[list[_Part]]:
-            made = _whole(lists, indices) if is_whole else _cut(lists, indices, inputs.states["step"])  # noqa: B023
-            return _together(made, inputs.params, is_single=is_single, ranks=ranks)  # noqa: B023
-
-        norms = None if measure is None else _measured(inputs, group, keys, parts(), measure, seeds)
-        for some in parts():
-            _update_parts(inputs, group, keys, some, update, seeds, norms)
+        task = _Task(inputs, group, keys, lists, seeds, measuring, is_whole, ranks)
+        if measuring is None:
+            for work in task.works(indices):
+                work.update(update)
+        else:
+            _update_measured(task, indices, measuring, update)
 
 
-def _whole(lists: Lists, indices: Sequence[int]) -> Iterator[_Part]:
-    for index in indices:
-        yield _Part(Piece(lists.at(index), strides=lists.params[index].stride()), Unit((), (index,)))
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
 
 
-def _cut(lists: Lists, indices: Sequence[int], steps: Sequence[Tensor]) -> Iterator[_Part]:
-    """Blocks and packs; what is in one pack has taken as many steps."""
-    by_step: dict[float, list[int]] = {}
-    for index in indices:
-        is_told = lists.params[index].is_cpu and has_data(steps[index]) and not is_recorded()
-        by_step.setdefault(steps[index].item() if is_told else 0.0, []).append(index)
-    for same in by_step.values():
-        for unit in units(lists.only(same)):
-            places = Unit((), tuple([same[member] for member in unit.members]), unit.sizes)
-            yield from (_Part(piece, places) for piece in unit.pieces)
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
-def _together(
-    parts: Iterable[_Part], params: Sequence[Tensor], *, is_single: bool, ranks: int
-) -> Iterator[list[_Part]]:
-    """What is updated together: single pieces and packs, or lists of about one block's elements.
+def _update_measured(task: _Task, indices: Sequence[int], measuring: Measuring, update: Update) -> None:
+    """What is in one part is measured and updated at one go; what is not, one parameter after the other.
+
+    Those cut over ranks are all measured first, for one collective.
+    """
+    cut = {*which_are_cut(task.inputs.params)}
+    whole = [index for index in indices if index not in cut]
+    at_once = in_one_part(task.lists, whole)
+    for work in task.works(at_once, in_one_part=True):
+        work.update(update, task.settled([(work, work.measured(measuring.measure))], measuring))
+    large = {*whole}.difference(at_once)
+    for some in ([index] for index in sorted(large)):
+        _update_in_two(task, some, measuring, update)
+    if len(whole) < len(indices):
+        _update_in_two(task, [index for index in indices if index in cut], measuring, update)
+
+
+def _update_in_two(task: _Task, indices: Sequence[int], measuring: Measuring, update: Update) -> None:
+    """First all parts are measured, then all are updated."""
+    # State that is rounded when it is stored would not be what was measured: an average of squares in float16 may be 0
+    # by then. So measuring leaves it as it was, and moves it once more before the update.
+    dtype = arithmetic_dtype(task.lists.params[indices[0]].dtype)
+    is_rounded = any(tensors[indices[0]].dtype != dtype for tensors in task.lists.states)
+    measured = ((work, work.measured(measuring.measure)) for work in task.works(indices, on_copies=is_rounded))
+    factors = task.settled(measured, measuring)
+    for work in task.works(indices):
+        if is_rounded:
+            work.measured(measuring.measure)
+        work.update(update, factors)
+
+
+class _Task(NamedTuple):
+    """What is the same for all parts of one device and dtype.
 
     Args:
-        parts: of one device and dtype.
-        params: the parameters as the optimizer holds them.
-        is_single: whether pieces go one by one.
-        ranks: how many ranks whole parameters are dealt out to, some for each.
+        inputs: of the step.
+        group: its hyper-parameters, lr prepared.
+        keys: of the state that is as large as the parameters.
+        lists: local and real.
+        seeds: of the noise by which weights, and each kind of state, are rounded; empty where there is none.
+        measuring: what is asked of whole parameters.
+        is_whole: whether there may be no parts.
+        ranks: how many ranks whole parameters are dealt out to.
     """
-    waiting: list[_Part] = []
-    for part in parts:
-        if is_single or part.unit.sizes:  # a pack is written back when the next is asked for
-            yield [part]
+
+    inputs: StepInputs
+    group: Group
+    keys: Sequence[str]
+    lists: Lists
+    seeds: Sequence[Tensor]
+    measuring: Measuring | None
+    is_whole: bool
+    ranks: int
+
+    def works(self, indices: Sequence[int], *, in_one_part: bool = False, on_copies: bool = False) -> Iterator[_Work]:
+        """The work on these parameters, in parts.
+
+        Args:
+            indices: their places.
+            in_one_part: whether each of them is in one part however it is cut.
+            on_copies: whether what is stored stays as it is.
+        """
+        if self.is_whole:
+            made = whole_parts(self.lists, indices)
+        elif self.measuring is not None and self.measuring.by_rows and not in_one_part:
+            made = row_parts(self.lists, indices)
         else:
-            waiting.append(part)
-    if waiting:
-        full = block_numel(waiting[0].piece.tensors.param)
-        sizes = [part.piece.tensors.param.numel() for part in waiting]
-        if ranks > 1:  # by whole ones, for lists must be the same on all ranks, whose parts are not
-            wholes = [params[part.unit.members[0]] for part in waiting]
-            sizes = [min(whole.numel(), full // (DEALT if is_cut(whole) else 1)) // ranks for whole in wholes]
-        yield from filled(waiting, sizes, full)
+            made = cut_parts(self.lists, indices, self.inputs)
+        is_single = self.group["foreach"] is False and self.ranks == 1
+        for parts in together(made, self.inputs.params, is_single=is_single, ranks=self.ranks):
+            yield _Work(self, parts, on_copies=on_copies)
+
+    def settled(self, measured: Iterable[tuple[_Work, Sequence[TensorList]]], measuring: Measuring) -> Factors:
+        """What an update asks of whole parameters."""
+        found = (RowSums if measuring.by_rows else Norms)(self.inputs.params)
+        for work, kinds in measured:
+            found.add(work.units, work.rows, kinds)
+            del kinds  # before the next are made
+        members, wholes = found.settled()
+        states = {key: [tensors[member] for member in members] for key, tensors in self.inputs.states.items()}
+        params = [self.inputs.params[member] for member in members]
+        return Factors(members, measuring.settle(wholes, states, self.group, Wholes(params)))
 
 
-def _measured(
-    inputs: StepInputs,
-    group: Group,
-    keys: Sequence[str],
-    batches: Iterable[list[_Part]],
-    measure: Measure,
-    seeds: Sequence[Tensor],
-) -> Norms | None:
-    """The norms that an update asks for, of whole parameters; on the way it may have changed their state."""
-    norms: Norms | None = None
-    for parts in batches:
-        work = _Work.of(inputs, keys, parts)
-        kinds = measure(work.weights, work.grads, work.state, group)
-        norms = norms or Norms(inputs.params, len(kinds))
-        norms.add([part.unit for part in parts], kinds)
-        for kind in range(1, len(work.stored)):  # weights are not written to
-            _store(work.held[kind], work.stored[kind], parts, seeds[kind] if seeds else None, group)
-    if norms is not None:
-        norms.settle()
-    return norms
-
-
-def _update_parts(
-    inputs: StepInputs,
-    group: Group,
-    keys: Sequence[str],
-    parts: Sequence[_Part],
-    update: Update,
-    seeds: Sequence[Tensor],
-    norms: Norms | None,
-) -> None:
-    work = _Work.of(inputs, keys, parts)
-    units = [part.unit for part in parts]
-    params = [inputs.params[unit.members[0]] for unit in units]
-    wholes = Wholes(params, shares=group.get("share_work", False), norms=norms.of(units) if norms else ())
-    update(work.weights, work.grads, work.state, group, wholes)
-    for kind, (results, tensors) in enumerate(zip(work.held, work.stored, strict=True)):
-        _store(results, tensors, parts, seeds[kind] if seeds else None, group)
-
-
-class _Work(NamedTuple):
+class _Work:
     """What an update works on for parts of parameters.
 
     Args:
-        stored: their weights, and each kind of their state.
-        held: the same as they are computed with.
-        grads: ready to descend along.
-        state: what of ``held`` is state, by key, and the counters.
+        task: what it is part of.
+        parts: to be updated together.
+        on_copies: whether nothing that is stored may change.
     """
 
-    stored: list[list[Tensor]]
-    held: list[list[Tensor]]
-    grads: list[Tensor]
-    state: dict[str, list[Tensor]]
-
-    @property
-    def weights(self) -> list[Tensor]:
-        """The weights as they are computed with."""
-        return self.held[0]
-
-    @classmethod
-    def of(cls, inputs: StepInputs, keys: Sequence[str], parts: Sequence[_Part]) -> _Work:
-        stored = [[part.piece.tensors.param for part in parts]]
-        stored += [[part.piece.tensors.state[place] for part in parts] for place in range(len(keys))]
-        dtype = arithmetic_dtype(stored[0][0].dtype)
+    def __init__(self, task: _Task, parts: Sequence[Part], *, on_copies: bool) -> None:
+        self._task, self._parts = task, parts
+        self.units, self.rows = [part.unit for part in parts], [part.row for part in parts]
+        self._stored = [[part.piece.tensors.param for part in parts]]
+        self._stored += [[part.piece.tensors.state[place] for part in parts] for place in range(len(task.keys))]
+        dtype = arithmetic_dtype(self._stored[0][0].dtype)
         scales = [part.piece.tensors.scale for part in parts]
-        held = [[_arithmetic(t, scale, dtype) for t, scale in zip(tensors, scales, strict=True)] for tensors in stored]
-        grads = [_prepared_gradient(part.piece.tensors.grad, dtype, inputs) for part in parts]
-        steps = [inputs.states["step"][part.unit.members[0]] for part in parts]
-        return cls(stored, held, grads, {"step": steps, **dict(zip(keys, held[1:], strict=True))})
+        self._held = [
+            [_arithmetic(tensor, scale, dtype, copy=on_copies) for tensor, scale in zip(tensors, scales, strict=True)]
+            for tensors in self._stored
+        ]
+        self._grads = [_prepared_gradient(part.piece.tensors.grad, dtype, task.inputs) for part in parts]
+        steps = [task.inputs.states["step"][part.unit.members[0]] for part in parts]
+        self._state = {"step": steps, **dict(zip(task.keys, self._held[1:], strict=True))}
+
+    def measured(self, measure: Measure) -> Sequence[TensorList]:
+        """What is to be known of whole parameters; the state may have changed by it."""
+        return measure(self._held[0], self._grads, self._state, self._task.group)
+
+    def update(self, update: Update, factors: Factors | None = None) -> None:
+        """Update, and store what was not computed in place."""
+        task = self._task
+        params = [task.inputs.params[unit.members[0]] for unit in self.units]
+        settled = factors.of(self.units, self.rows, self._held[0]) if factors else ()
+        update(
+            self._held[0],
+            self._grads,
+            self._state,
+            task.group,
+            Wholes(params, shares=task.group.get("share_work", False), settled=settled),
+        )
+        for kind, (results, tensors) in enumerate(zip(self._held, self._stored, strict=True)):
+            _store(results, tensors, self._parts, task.seeds[kind] if task.seeds else None, task.group)
 
 
 def _store(
-    results: Sequence[Tensor], stored: Sequence[Tensor], parts: Sequence[_Part], seeds: Tensor | None, group: Group
+    results: Sequence[Tensor], stored: Sequence[Tensor], parts: Sequence[Part], seeds: Tensor | None, group: Group
 ) -> None:
     """Write back what was not computed in place: rounded to low precision, or in codes."""
     for part, result, tensor in zip(parts, results, stored, strict=True):
@@ -226,12 +266,14 @@ def _store(
             tensor.copy_(result)
 
 
-def _arithmetic(tensor: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _arithmetic(tensor: Tensor, scale: Tensor | None, dtype: torch.dtype, *, copy: bool) -> Tensor:
     """A stored tensor as it is computed with."""
-    return codes.decode_matrix(tensor, scale) if scale is not None and tensor.dtype == torch.int8 else tensor.to(dtype)
+    if scale is not None and tensor.dtype == torch.int8:
+        return codes.decode_matrix(tensor, scale)
+    return tensor.to(dtype, copy=copy)
 
 
-def _store_in_codes(average: Tensor, held: Tensor, part: _Part, seeds: Tensor) -> None:
+def _store_in_codes(average: Tensor, held: Tensor, part: Part, seeds: Tensor) -> None:
     scale = part.piece.tensors.scale
     assert scale is not None
     blocks = codes.in_blocks(average)

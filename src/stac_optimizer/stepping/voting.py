@@ -11,8 +11,9 @@ from stac_optimizer.distributed.shards import local_views
 from stac_optimizer.distributed.vote import Voters
 from stac_optimizer.rule import Group, Rule
 from stac_optimizer.stepping.checks import check_finite, check_gradients, only_makes_state
+from stac_optimizer.validation import warn
 
-__all__ = ["Verdict", "check_on_all_ranks", "share_gradients_"]
+__all__ = ["Verdict", "check_on_all_ranks", "share_gradients_", "warn_of_equal_gradients"]
 
 
 class Verdict(NamedTuple):
@@ -52,6 +53,24 @@ def check_on_all_ranks(
         found = "; ".join(f"rank {rank}: {message}" for rank, message in messages if message is not None)
         raise RuntimeError(f"no rank can step: {found}") from error
     return Verdict(not moves, have_gradient)
+
+
+def warn_of_equal_gradients(voters: Voters, groups: Sequence[Group], rules: Mapping[str, Rule]) -> None:
+    """Warn, at the first step with gradients to vote on, where they are the same on every rank; a collective."""
+    if voters.has_compared:
+        return
+    params = [param for group in groups if rules[group["rule"]].votes for param in group["params"]]
+    grads = [param.grad.detach() for param in params if param.grad is not None]
+    sums = [(torch.view_as_real(grad) if grad.is_complex() else grad).double().sum() for grad in grads]
+    said = voters.gather(str(torch.stack(sums).tolist()) if sums else None)
+    voters.has_compared = any(said)
+    if len(set(said)) == 1 and any(sums):
+        warn(
+            "the gradients that ranks are to vote on are the same on all of them, so the vote decides nothing. Either "
+            "DistributedDataParallel has averaged them, because it came after the optimizer, as in transformers' "
+            "Trainer and accelerate: build STAC of the wrapped model, STAC(ddp_model, vote=...), or leave out vote. Or "
+            "all ranks train on the same data"
+        )
 
 
 def share_gradients_(voters: Voters, groups: Sequence[Group], rules: Mapping[str, Rule], verdict: Verdict) -> None:

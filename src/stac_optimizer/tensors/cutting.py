@@ -17,7 +17,7 @@ from stac_optimizer.tensors.kinds import has_own_operations
 from stac_optimizer.tensors.layouts import has_layout_of, is_dense
 from stac_optimizer.tensors.pieces import Lists, Piece, Tensors, Unit, is_recorded
 
-__all__ = ["block_numel", "blocks", "buckets", "filled", "units"]
+__all__ = ["block_numel", "blocks", "buckets", "filled", "rows", "units"]
 
 # Elements of a block on the CPU. The four tensors that a block works on (weight, gradient, average, one temporary) then
 # stay in the cache of a core or of its neighbours; smaller blocks pay more calls, larger ones trips to memory.
@@ -140,6 +140,26 @@ def blocks(tensors: Tensors, *, numel: int | None) -> list[Piece]:
         return [Piece(_as_tensors(flat))]
     starts = range(0, first.numel(), numel)
     return [Piece(_as_tensors([tensor[start : start + numel] for tensor in flat]), start) for start in starts]
+
+
+def rows(tensors: Tensors, *, numel: int) -> Iterator[tuple[int, Piece]]:
+    """Cut tensors of one shape between rows, indices of their first dimension, and rows of more elements in themselves.
+
+    Args:
+        tensors: of one dimension at least.
+        numel: the most elements of a piece.
+
+    Yields:
+        The first row of a piece, and the piece, of as many dimensions as the tensors.
+    """
+    whole, first = _whole(tensors), tensors.param
+    if first.numel() <= numel or is_recorded() or any(map(has_own_operations, tensors.flat())):
+        yield 0, whole
+        return
+    step = max(1, numel * first.shape[0] // first.numel())
+    for count, some in enumerate(zip(*(tensor.split(step) for tensor in tensors.flat()), strict=True)):
+        piece = Piece(_as_tensors(some), whole.offset + count * step * whole.strides[0], whole.strides)
+        yield from ((count * step, smaller) for smaller in _sliced(piece, numel))
 
 
 def _as_tensors(flat: Sequence[Tensor]) -> Tensors:

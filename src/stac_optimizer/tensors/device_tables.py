@@ -27,6 +27,8 @@ REMEMBERED = 128
 
 def integers(values: Sequence[int], device: torch.device) -> Tensor:
     """These integers as int64, not to be written to."""
+    if torch.compiler.is_compiling() or device.type == "cpu":
+        return torch.tensor(values, dtype=torch.int64, device=device)
     stream = _stream(device)
     return _integers(tuple(values), device) if stream is None else _remembered_integers(tuple(values), device, stream)
 

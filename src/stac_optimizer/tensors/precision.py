@@ -14,6 +14,7 @@ __all__ = [
     "foreach_upcast",
     "unscaled",
     "upcast",
+    "widest_dtype",
 ]
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -36,6 +37,11 @@ def arithmetic_lr(lr: Tensor) -> Tensor:
 def upcast(tensor: Tensor) -> Tensor:
     """The tensor itself, or a float32 copy of a low-precision one."""
     return tensor.float() if tensor.dtype in LOW_PRECISION else tensor
+
+
+def widest_dtype(device: torch.device) -> torch.dtype:
+    """The widest dtype that a device computes in, where squares and sums of what float32 holds do not overflow."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def downcast(result: Tensor, stored: Tensor) -> None:

@@ -8,6 +8,8 @@ list of tensors. Every optimizer of torch.optim is built from them, and they hav
 - ``_get_capturable_supported_devices``, ``_get_fused_kernels_supported_devices``: the device lists that torch's AdamW
   asserts in the middle of its update; here they are asked before anything has changed.
 - ``DistributedDataParallel._join_config``: whether ranks may end before others, in the context of its ``join``.
+- ``Optimizer._opt_called``: by which schedulers warn of their step before the optimizer's first. An optimizer that goes
+  on from another's run has stepped, and its schedule is brought there before its own first step.
 - ``FakeTensor``: tensors without data, of a dry run. torch has no public name for them.
 - ``torch._C._get_dispatch_mode``, ``_len_torch_dispatch_stack``, ``_len_torch_function_stack``: whether a dry run, or
   any other mode, is active. The public ways to ask cost several microseconds, in every step.
@@ -96,6 +98,11 @@ def is_foreach_faster(tensors: Sequence[Tensor], *, differentiable: bool) -> boo
 def is_joining(ddp: torch.nn.parallel.DistributedDataParallel) -> bool:
     """Whether this is within the context of its ``join``."""
     return bool(ddp._join_config.enable)
+
+
+def count_as_stepped(optimizer: torch.optim.Optimizer) -> None:
+    """Let schedulers be stepped before the optimizer is."""
+    optimizer._opt_called = True  # type: ignore[attr-defined]
 
 
 def local_shape_and_offsets(param: Any) -> tuple[Sequence[int], Sequence[int]]:

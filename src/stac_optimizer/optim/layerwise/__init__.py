@@ -3,5 +3,7 @@
 from __future__ import annotations
 
 from stac_optimizer.optim.layerwise.lamb import LAMB
+from stac_optimizer.optim.layerwise.lars import LARS
+from stac_optimizer.optim.layerwise.ralars import RaLars
 
-__all__ = ["LAMB"]
+__all__ = ["LAMB", "LARS", "RaLars"]

@@ -1,20 +1,18 @@
-"""LAMB: Adam's step, scaled for each layer to the norm of its weights.
+"""LAMB: Adam's step, scaled for each parameter to the norm of its weights.
 
 Reference: Large Batch Optimization for Deep Learning (You et al.), https://arxiv.org/abs/1904.00962.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from stac_optimizer.optim.layerwise.trust import trust_ratios
+from stac_optimizer.optim.layerwise.trust import AdamByTrustRule, adam_steps
 from stac_optimizer.optimizer import RuleOptimizer
-from stac_optimizer.rule import COUNTER, Flags, Group, Hyperparameter, Rule, StateLists, StateTensor, TensorList, Wholes
-from stac_optimizer.rule.moments import add_scaled_, average_, average_squares_, bias_corrections, denominators
+from stac_optimizer.rule import Flags, Group, Hyperparameter, StateLists, TensorList
 from stac_optimizer.validation import clipping_range, non_negative, pair_of_fractions
 
 if TYPE_CHECKING:
@@ -22,10 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LAMB", "LAMBRule"]
 
-STATE = (COUNTER, StateTensor(key="exp_avg"), StateTensor(key="exp_avg_sq"))
 
-
-class LAMBRule(Rule):
+class LAMBRule(AdamByTrustRule):
     r"""Algorithm 2 of the paper, in this order.
 
     .. math::
@@ -45,40 +41,14 @@ class LAMBRule(Rule):
     """
 
     name = "lamb"
-    needs = "tensor"
     hyperparameters: ClassVar[Mapping[str, Hyperparameter]] = {
         "betas": Hyperparameter(default=(0.9, 0.999), check=pair_of_fractions),
         "eps": Hyperparameter(default=1e-8, check=non_negative),
         "scale_clip": Hyperparameter(default=(0.0, 10.0), check=clipping_range),
     }
-    state_keys = ("step", "exp_avg", "exp_avg_sq")
 
-    def state(self, param: Tensor, group: Group) -> tuple[StateTensor, ...]:
-        return STATE
-
-    def measured(self, params: TensorList, grads: TensorList, state: StateLists, group: Group) -> Sequence[TensorList]:
-        beta1, beta2 = group["betas"]
-        average_(state["exp_avg"], grads, beta1)
-        average_squares_(state["exp_avg_sq"], grads, beta2)
-        return params, _directions(params, state, group)
-
-    def update(self, params: TensorList, grads: TensorList, state: StateLists, group: Group, wholes: Wholes) -> None:
-        directions = _directions(params, state, group)
-        weight_norms, step_norms = wholes.norms
-        torch._foreach_mul_(directions, trust_ratios(weight_norms, step_norms, group["scale_clip"]))
-        torch._foreach_mul_(directions, group["lr"])
-        torch._foreach_sub_(params, directions)
-
-
-def _directions(params: TensorList, state: StateLists, group: Group) -> TensorList:
-    """Adam's step of lr 1, decay added."""
-    beta1, beta2 = group["betas"]
-    directions = list(torch._foreach_div(state["exp_avg"], bias_corrections(state["step"], beta1)))
-    squares = state["exp_avg_sq"]
-    torch._foreach_div_(directions, denominators(squares, bias_corrections(state["step"], beta2), group["eps"]))
-    if group["weight_decay"]:
-        add_scaled_(directions, params, group["weight_decay"])
-    return directions
+    def directions(self, state: StateLists, group: Group) -> TensorList:
+        return adam_steps(state["exp_avg"], state["exp_avg_sq"], state["step"], group)
 
 
 class LAMB(RuleOptimizer):
