@@ -118,6 +118,7 @@ def test_resume_adds_seeds_to_what_is_there(tiny: Task, undrawn: None, tmp_path:
     assert len(after.splitlines()) == len(before.splitlines()) + 2
 
 
+@pytest.mark.slow
 def test_workers_know_the_plugin(undrawn: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = """
 from quality.contestants import CONTESTANTS

@@ -17,6 +17,7 @@ import train_char_lm
 from tests.support import assert_same_bits
 
 
+@pytest.mark.slow
 # On equal gradients all paths give the same bits, as a test below says; so one will do for the published losses.
 @pytest.mark.parametrize("path", list(toy_benchmark.PATHS)[:1])
 @pytest.mark.parametrize("contestant", toy_benchmark.CONTESTANTS, ids=lambda contestant: contestant.name)
@@ -112,6 +113,7 @@ def test_benchmark_times_muon_in_one_object_beside_the_pair_by_hand(tmp_path: Pa
     assert results["STAC Muon"].state_bytes_per_weight < 0.55 * results["AdamW"].state_bytes_per_weight
 
 
+@pytest.mark.slow
 def test_benchmark_measures_every_contestant_beside_adamw(tmp_path: Path) -> None:
     arguments = ["--shapes", "many-tiny", "--steps", "1", "--warmup", "0", "--contestants", "STAC trunk", "SGD"]
     report = benchmark_step.main([*arguments, "--out", str(tmp_path)])

@@ -138,6 +138,7 @@ UNFIT = {"rows-and-columns": {"int8-state", "rounding-cautious-int8", "rounding-
 UNFIT["tensor-parallel"] = {"rounding-cautious-int8", "rounding-all-cap", "lion-cautious-rounding"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_mesh_of_two_dimensions_and_mixed_groups_step_as_whole_ones(mesh: str, tmp_path: Path) -> None:
     shard, model = MESHES[mesh]

@@ -170,6 +170,7 @@ def test_compiled_kernels_step_the_same_inside(monkeypatch: pytest.MonkeyPatch) 
         assert_same_bits(run(CONTEXTS[name], torch.bfloat16, constructs=False, **arguments), expected, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["autocast-float16", "inference"])
 def test_compiled_step_is_the_same_inside(name: str) -> None:
     def stepped(within: Context) -> Any:

@@ -239,6 +239,7 @@ def test_units_and_paths_agree_by_bits(kind: str, monkeypatch: pytest.MonkeyPatc
     assert_equal_under_units(held(foreach=False), others, monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["trunk-cautious", "trunk-int8", "trunk-lion"])
 def test_compiled_step_agrees_by_bits(kind: str) -> None:
     """The cap's is torch's capturable arithmetic there, which is close, not equal."""

@@ -159,6 +159,7 @@ def test_units_paths_and_layouts_agree_by_bits(
     assert_equal_under_units(held("single"), others, monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "case"), [(torch.bfloat16, PLAIN), (torch.int8, CAUTIOUS)], ids=["plain", "cautious"])
 def test_compiled_step_agrees_by_bits(kind: torch.dtype, case: RuleCase) -> None:
     eager, traced = (

@@ -41,6 +41,7 @@ def _nothing_from_before() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STEPS)
 def test_run_stays_within_the_rounding_of_the_reference_and_holds_no_more(name: str) -> None:
     if BY_NAME[name].way == "triton":
