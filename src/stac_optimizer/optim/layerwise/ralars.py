@@ -71,8 +71,7 @@ class RaLarsRule(AdamByTrustRule):
         adaptive, plain = ([place for place, rate in enumerate(rates) if (rate > 0) == kind] for kind in (True, False))
         found: dict[int, Tensor] = {}
         if adaptive:
-            some = (_only(tensors, adaptive) for tensors in (averages, squares, steps))
-            made = adam_steps(*some, group=group)
+            made = adam_steps(_only(averages, adaptive), _only(squares, adaptive), _only(steps, adaptive), group)
             torch._foreach_mul_(made, [rates[place] for place in adaptive])
             found.update(zip(adaptive, made, strict=True))
         if plain:
