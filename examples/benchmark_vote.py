@@ -45,7 +45,7 @@ def voted(encoding: str, averages: Tensor) -> Callable[[], object]:
 def stepped(vote: MajorityVote | None, numel: int) -> Callable[[], object]:
     """Return a whole step of the trunk, with votes or after an all-reduce."""
     weight = nn.Parameter(torch.randn(numel))
-    gradient = torch.randn(numel)
+    gradient = torch.randn(numel, generator=torch.Generator().manual_seed(dist.get_rank()))
     weight.grad = gradient
     optimizer = STAC([{"params": [("weight", weight)], "stac_role": "trunk"}], vote=vote)
 

@@ -27,9 +27,7 @@ REMEMBERED = 128
 
 def integers(values: Sequence[int], device: torch.device) -> Tensor:
     """These integers as int64, not to be written to."""
-    if torch.compiler.is_compiling() or device.type == "cpu":
-        return torch.tensor(values, dtype=torch.int64, device=device)
-    stream = _stream(device)
+    stream = None if torch.compiler.is_compiling() else _stream(device)
     return _integers(tuple(values), device) if stream is None else _remembered_integers(tuple(values), device, stream)
 
 
@@ -58,6 +56,8 @@ def _stream(device: torch.device) -> int | None:
 
 
 def _integers(values: tuple[int, ...], device: torch.device) -> Tensor:
+    if device.type == "cpu" or torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=torch.int64, device=device)
     table = torch.zeros(len(values), dtype=torch.int64, device=device)
     torch._foreach_add_(list(table.unbind()), list(values))
     return table

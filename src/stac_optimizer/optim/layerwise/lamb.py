@@ -60,7 +60,10 @@ class LAMB(RuleOptimizer):
         u = \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon} + \text{weight\_decay} \cdot p, \quad
         p \leftarrow p - \text{lr} \, \frac{\operatorname{clip}(\lVert p \rVert)}{\lVert u \rVert} \, u
 
-    Where either norm is 0 the ratio is 1. holocron's class of this name leaves out the corrections of the bias.
+    Where either norm is 0 the ratio is 1. Vectors are scaled as matrices are, as the paper's algorithm says; the
+    authors' code takes Adam's step without decay for biases and norms, as does
+    ``STAC(model, trunk_optimizer=LAMB, cap=vectors())``. holocron's class of this name leaves out the corrections of
+    the bias.
 
     Args:
         params: parameters, (name, parameter) pairs, or group dicts with hyper-parameters of their own.
