@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import benchmark_family
 import benchmark_step
 import digits
 import low_precision
 import rate_over_width
 import toy_benchmark
 import train_char_lm
+from stac_optimizer import optim
 from tests.support import assert_same_bits
 
 
@@ -111,6 +113,16 @@ def test_benchmark_times_muon_in_one_object_beside_the_pair_by_hand(tmp_path: Pa
     assert {"AdamW", "STAC Muon"} <= results.keys()
     assert ("Muon + AdamW by hand" in results) == hasattr(torch.optim, "Muon")
     assert results["STAC Muon"].state_bytes_per_weight < 0.55 * results["AdamW"].state_bytes_per_weight
+
+
+def test_family_has_every_class_that_comes_from_elsewhere_and_its_wrappers(tmp_path: Path) -> None:
+    own = {"Signum", "AdamW", "Lion", "Muon", "WaveAdam"}  # Lion stands among the paths of STAC; the last is an alias
+    assert set(benchmark_family.PEERS) == set(optim.__all__) - own
+    arguments = ["--family", "--shapes", "char-lm-wide", "--steps", "1", "--warmup", "0"]
+    report = benchmark_step.main([*arguments, "--out", str(tmp_path)])
+    results = {result.name: result for result in report.results}
+    assert {"AdamW", *benchmark_family.PEERS, "mechanize(SGD)", "Lookahead(SGD)", "Scout(SGD)"} <= results.keys()
+    assert set(report.left_out) <= {contestant.name for contestant in benchmark_family.FAMILY if contestant.foreign}
 
 
 @pytest.mark.slow
