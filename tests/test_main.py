@@ -68,6 +68,8 @@ def test_recipe_fits_the_kind_of_model(make: Callable[[], nn.Module], recipe: st
         ("tests.test_main:none", "'tests.test_main' has no 'none'"),
         ("torch.nn:Linear", "'torch.nn:Linear' makes no model without arguments"),
         ("collections:OrderedDict", "made a OrderedDict, and no torch.nn.Module"),
+        (".tests:made", "MODEL must be module:name"),
+        ("torch.nn:Identity", "torch.nn:Identity: model has no trainable parameters"),
         ("transformers:gpt99", "neither a model type of transformers nor a folder"),
     ],
 )
@@ -76,3 +78,12 @@ def test_what_is_no_model_is_refused(path: str, message: str, capsys: pytest.Cap
         main([path])
     assert stopped.value.code == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def failing() -> nn.Module:
+    raise ValueError("of the user's own")
+
+
+def test_error_of_the_users_own_code_passes() -> None:
+    with pytest.raises(ValueError, match="of the user's own"):
+        main(["tests.test_main:failing"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -27,41 +28,55 @@ MODEL_HELP = (
 )
 
 
+class NoModelError(ValueError):
+    """What was given is no model."""
+
+
 def find_model(path: str) -> nn.Module:
-    """The model at an import path, or of a configuration of transformers.
+    """The model at an import path, or of a configuration of transformers. What the user's own code raises, passes.
 
     Raises:
-        ValueError: there is no such model.
+        NoModelError: there is no such model.
     """
-    module, colon, name = path.partition(":")
-    if not colon or not name:
-        raise ValueError(f"MODEL must be {MODEL_HELP}; got {path!r}")
+    module, _, name = path.partition(":")
+    if not module or module.startswith(".") or not name:
+        raise NoModelError(f"MODEL must be {MODEL_HELP}; got {path!r}")
     try:
         found = importlib.import_module(module)
     except ImportError as error:
-        raise ValueError(f"{module!r} of {path!r} cannot be imported: {error}") from error
+        raise NoModelError(f"{module!r} of {path!r} cannot be imported: {error}") from error
     with torch.device("meta"):
         if module == "transformers":
             return _of_configuration(found, name)
         for part in name.split("."):
             if not hasattr(found, part):
-                raise ValueError(f"{module!r} has no {name!r}")
+                raise NoModelError(f"{module!r} has no {name!r}")
             found = getattr(found, part)
         make: Any = found
-        try:
-            model = make if isinstance(make, nn.Module) else make()
-        except TypeError as error:
-            raise ValueError(f"{path!r} makes no model without arguments: {error}") from error
+        if not isinstance(make, nn.Module) and (problem := _call_problem(make)):
+            raise NoModelError(f"{path!r} makes no model without arguments: {problem}")
+        model = make if isinstance(make, nn.Module) else make()
     if not isinstance(model, nn.Module):
-        raise ValueError(f"{path!r} made a {type(model).__name__}, and no torch.nn.Module")
+        raise NoModelError(f"{path!r} made a {type(model).__name__}, and no torch.nn.Module")
     return model
+
+
+def _call_problem(make: Any) -> str | None:
+    """Why something cannot be called without arguments, or None."""
+    try:
+        inspect.signature(make).bind()
+    except TypeError as error:
+        return str(error)
+    except ValueError:  # what is not written in Python may have no signature
+        return None
+    return None
 
 
 def _of_configuration(transformers: Any, name: str) -> nn.Module:
     """A model by its type or the folder of its configuration: of the class named there, or with a head for text."""
     known = os.path.isdir(name)
     if not known and name not in transformers.CONFIG_MAPPING:
-        raise ValueError(f"{name!r} is neither a model type of transformers nor a folder with a config.json")
+        raise NoModelError(f"{name!r} is neither a model type of transformers nor a folder with a config.json")
     config = transformers.AutoConfig.from_pretrained(name) if known else transformers.AutoConfig.for_model(name)
     kinds = [getattr(transformers, kind, None) for kind in config.architectures or ()]
     if kinds and kinds[0] is not None:
@@ -96,11 +111,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     try:
         model = find_model(options.model)
-    except ValueError as error:
+    except NoModelError as error:
         parser.error(str(error))
     chosen = options.recipe or fitting_recipe(model)
     arguments = {"lr": LR} if chosen == "none" else getattr(recipes, chosen)(lr=LR)
-    optimizer = STAC(model, **arguments)
+    try:
+        optimizer = STAC(model, **arguments)
+    except ValueError as error:
+        parser.error(f"{options.model}: {error}")
     print(optimizer.partition)
     print(f"STAC(model, {f'lr={LR}' if chosen == 'none' else f'**recipes.{chosen}(lr={LR})'})")
 

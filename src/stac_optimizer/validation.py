@@ -30,6 +30,7 @@ __all__ = [
     "one_of",
     "optional_boolean",
     "pair_of_fractions",
+    "real",
     "triple_of_fractions",
     "unit_fraction",
     "warn",
@@ -42,7 +43,8 @@ Checker = Callable[[str, Any], Any]
 """Takes an argument's name and value, returns the value as plain Python or raises."""
 
 
-def _real(name: str, value: Any, allowed: str) -> float:
+def real(name: str, value: Any, allowed: str) -> float:
+    """A float, infinite where it is beyond the range of one, whatever the range allowed."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}")
     try:
@@ -54,7 +56,7 @@ def _real(name: str, value: Any, allowed: str) -> float:
 def non_negative(name: str, value: Any) -> float:
     """A finite float, 0 or more."""
     allowed = "a finite number in [0, inf)"
-    number = _real(name, value, allowed)
+    number = real(name, value, allowed)
     if not 0.0 <= number < math.inf:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
     return number
@@ -63,7 +65,7 @@ def non_negative(name: str, value: Any) -> float:
 def finite(name: str, value: Any) -> float:
     """A finite float."""
     allowed = "a finite number"
-    number = _real(name, value, allowed)
+    number = real(name, value, allowed)
     if not math.isfinite(number):
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
     return number
@@ -72,7 +74,7 @@ def finite(name: str, value: Any) -> float:
 def unit_fraction(name: str, value: Any) -> float:
     """A float from 0 up to, not including, 1."""
     allowed = "a number in [0, 1)"
-    number = _real(name, value, allowed)
+    number = real(name, value, allowed)
     if not 0.0 <= number < 1.0:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
     return number
@@ -95,7 +97,7 @@ def clipping_range(name: str, value: Any) -> tuple[float, float] | None:
     if value is None:
         return None
     first, second = _tuple_of(name, value, 2, "a least and a most number, 0 <= least <= most, or None")
-    least, most = non_negative(f"{name}[0]", first), _real(f"{name}[1]", second, "a number")
+    least, most = non_negative(f"{name}[0]", first), real(f"{name}[1]", second, "a number")
     if not least <= most:
         raise ValueError(f"{name} must be a tuple of a least and a most number, 0 <= least <= most, got {value!r}")
     return least, most

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 from torch import nn
@@ -105,3 +106,25 @@ def test_html_escapes_names(name: str) -> None:
     page = partition_trainable_layers(model)._repr_html_()
     assert name not in page
     assert Cells(page).rows[1][0].strip() == name
+
+
+def lines_of_linear(**arguments: Any) -> list[str]:
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6)))
+    partition = STAC(model, **{"lr": 1e-3, "weight_decay": 0.1, "last_n_layers": 0, **arguments}).partition
+    return [" ".join(line.split()) for line in str(partition).splitlines() if "Linear" in line]
+
+
+def test_a_layer_of_another_decay_or_lr_stands_alone() -> None:
+    decay = lines_of_linear(overrides=[(named("3"), {"weight_decay": 0.0})])
+    assert [line.split()[0] for line in decay] == ["{0-2,4-5}", "3"]
+    assert [line.split()[-1] for line in decay] == ["0.1", "0"]
+    rate = lines_of_linear(overrides=[(named("2"), {"lr_ratio": 0.5})])
+    assert [(line.split()[0], line.split()[-1]) for line in rate] == [("{0-1,3-5}", "0.001"), ("2", "0.0005")]
+
+
+def test_numbers_that_python_would_not_give_are_names() -> None:
+    model = nn.Sequential()
+    for name in ("00", "01", "02", "1", "2", "3", "9" * 5000):
+        model.add_module(name, nn.Linear(2, 2))
+    shown = [line.split()[0] for line in str(partition_trainable_layers(model)).splitlines() if "trunk" in line][:-1]
+    assert shown == ["00", "01", "02", "{1-3}"]

@@ -157,3 +157,37 @@ def assert_shards_step_as_whole() -> None:
 
 def test_shards_step_as_whole_ones() -> None:
     run_ranks(assert_shards_step_as_whole, 2, timeout=120.0)
+
+
+SWITCHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "LARS": ({"momentum": 0.0}, {"momentum": 0.9}),
+    "LRMSProp": ({"momentum": 0.0}, {"momentum": 0.9}),
+    "TAdam": ({"amsgrad": False}, {"amsgrad": True}),
+    "AdaBelief": ({"amsgrad": False}, {"amsgrad": True}),
+    "AdEMAMix": ({"betas": (0.0, 0.99, 0.999)}, {"betas": (0.9, 0.99, 0.999)}),
+}
+
+
+@pytest.mark.parametrize("name", SWITCHED)
+def test_run_resumes_where_some_have_not_stepped_since_a_state_was_switched_on(name: str) -> None:
+    before, after = SWITCHED[name]
+
+    def built(values: dict[str, Any]) -> tuple[nn.Module, RuleOptimizer]:
+        build: Callable[..., RuleOptimizer] = CLASSES[name]
+        model = small_model()
+        return model, build(model.named_parameters(), **SETTINGS, **values)
+
+    model, optimizer = built(before)
+    set_gradients(model, 0)
+    optimizer.step()
+    optimizer.param_groups[0].update(after)
+    set_gradients(model, 1, skip={"0.weight"})
+    optimizer.step()
+    other, resumed = built(after)
+    weights, saved = through_file((model.state_dict(), optimizer.state_dict()))
+    other.load_state_dict(weights)
+    resumed.load_state_dict(saved)
+    for run_model, run in ((model, optimizer), (other, resumed)):
+        set_gradients(run_model, 2)
+        run.step()
+    assert_same_bits(snapshot(other, resumed), snapshot(model, optimizer))

@@ -303,3 +303,78 @@ def test_a_step_does_not_wait_for_the_device(wrapper: str) -> None:
             optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("wrapper", ["Lookahead", "Scout"])
+def test_a_base_whose_hook_drops_gradients_is_followed(wrapper: str) -> None:
+    kept, dropped = built(wrapper, "Adam"), built(wrapper, "Adam")
+    dropped[1].base.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())
+    for run in (kept, dropped):
+        stepped(run, range(7))
+    assert_same_bits(snapshot(*kept), snapshot(*dropped))
+
+
+BAD_GROUPS: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
+    (Lookahead, {"sync_period": 0}, ValueError, r"group 0: sync_period must be an integer in \[1, inf\), got 0"),
+    (Lookahead, {"sync_rate": 7.0}, ValueError, r"group 0: sync_rate must be a number in \[0, 1\], got 7.0"),
+    (mechanize(torch.optim.SGD), {"s_decay": "x"}, TypeError, "group 0: s_decay must be"),
+]
+
+
+@pytest.mark.parametrize(("wrap", "values", "error", "message"), BAD_GROUPS)
+def test_settings_in_given_groups_are_checked(
+    wrap: Any, values: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    groups = [{"params": small_model().parameters(), **values}]
+    with pytest.raises(error, match=f"^{message}"):
+        wrap(torch.optim.SGD(groups, lr=0.1)) if wrap is Lookahead else wrap(groups, lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda base: Lookahead(base, -0.1), r"sync_rate must be a number in \[0, 1\], got -0.1"),
+        (lambda _: mechanize(torch.optim.SGD, s_init=-1), r"s_init must be a finite number in \(0, inf\), got -1"),
+    ],
+)
+def test_range_of_a_setting_is_named(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        make(torch.optim.SGD(small_model().parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize("again", [Lookahead, Scout])
+def test_a_base_is_wrapped_once(again: Any) -> None:
+    """A cell of a notebook that runs again would find groups and state of the first wrapper."""
+    model, optimizer = stepped(built("Lookahead", "Adam"), range(2))
+    for base in (optimizer.base, copy.deepcopy((model, optimizer))[1].base):
+        with pytest.raises(ValueError, match="base is wrapped in Lookahead already"):
+            again(base)
+
+
+def test_all_groups_of_mechanize_have_one_scale() -> None:
+    model, optimizer = stepped(built("mechanize", "SGD"), range(2))
+    before = snapshot(model, optimizer)
+    for key, value in (("s_betas", (0.5,)), ("s_init", 0.1)):
+        with pytest.raises(ValueError, match=f"^{key} must be .* as in the other groups"):
+            optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], key: value})
+    assert_same_bits(snapshot(model, optimizer), before)
+
+
+def test_bytes_and_checkpoints_know_groups_that_came_through_the_base() -> None:
+    _, optimizer = stepped(built("mechanize", "SGD"), range(2))
+    optimizer.base.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    assert optimizer.state_bytes() > 0
+    assert all("store_delta" in group for group in optimizer.state_dict()["param_groups"])
+
+
+def test_scale_before_the_first_step_is_that_of_the_first() -> None:
+    optimizer = mechanize(torch.optim.SGD, s_init=0.5, betas=(0.9, 0.99))(small_model().parameters(), lr=1.0)
+    assert optimizer.scale.item() == 1.0
+
+
+def test_frozen_weights_stay_within_slow_weights() -> None:
+    model, optimizer = stepped(built("Lookahead", "SGD"), range(4))
+    frozen = model.get_parameter("0.weight").requires_grad_(False)
+    before = frozen.clone()
+    with optimizer.slow_weights():
+        assert torch.equal(frozen, before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -123,3 +124,26 @@ def test_a_first_step_without_any_gradient_changes_nothing() -> None:
                 set_gradients(run[0], 0)
                 run[1].step()
             assert_same_bits(late[0].state_dict(), prompt[0].state_dict())
+
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("base", ["STAC", "SGD"])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_resumes_and_goes_on_in_another_dtype(wrapper: str, base: str) -> None:
+    """The wrapper's own state goes with the weights, and nothing of it is left in the old dtype."""
+    for before, after in itertools.permutations(DTYPES, 2):
+        source = stepped(built(wrapper, base, dtype=before), range(4))
+        target = loaded(built(wrapper, base, seed=1, dtype=after), source)
+        stepped(target, range(4, 11))
+        for param in target[0].parameters():
+            own = {key: value for key, value in target[1].state[param].items() if "_slow" in key or "_reference" in key}
+            assert {value.dtype for value in own.values()} <= {after}
+            assert param.isfinite().all()
+
+
+def test_a_model_that_is_cast_in_mid_run_goes_on() -> None:
+    model, optimizer = stepped(built("Lookahead", "SGD"), range(4))
+    stepped((model.to(torch.bfloat16), optimizer), range(4, 8))
+    assert all(param.isfinite().all() for param in model.parameters())

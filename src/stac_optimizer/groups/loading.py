@@ -187,7 +187,8 @@ def _copied(what: str, value: Any, param: Tensor, declared: StateTensor, group: 
         given = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{what} has shape {given}, that of the parameter {tuple(shape)}")
     expected = declared.dtype_of(param)
-    is_alike = (value.is_floating_point(), value.is_complex()) == (param.is_floating_point(), param.is_complex())
+    kinds = [(dtype.is_floating_point, dtype.is_complex) for dtype in (value.dtype, param.dtype, expected)]
+    is_alike = kinds[0] in kinds[1:]
     if value.dtype != expected and not is_alike:
         raise ValueError(f"{what} is {value.dtype}, that of the parameter {expected}")
     created = declared.create(param, group)

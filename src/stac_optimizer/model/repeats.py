@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ __all__ = ["Repeats", "repeats_of"]
 
 # Two of a kind are as soon read as a range.
 FEWEST = 3
+NUMBER = re.compile("0|[1-9][0-9]{0,8}")  # as Python counts modules; 00 and 01 would not be told apart
 
 
 class Repeats(NamedTuple):
@@ -26,7 +28,7 @@ class Repeats(NamedTuple):
 
 
 def repeats_of(layers: Sequence[STACLayer]) -> list[Repeats]:
-    """Put together what has one type, as many parameters, and names that differ in one number alone.
+    """Put together what has one type, as many parameters, one decay, and names that differ in one number alone.
 
     That is the first in a name; where it tells stages of different widths apart, the second.
     """
@@ -36,9 +38,10 @@ def repeats_of(layers: Sequence[STACLayer]) -> list[Repeats]:
         alike: dict[Hashable, list[STACLayer]] = {}
         for layer in left:
             if (parts := _around_number(layer.name, nth)) is not None:
-                key = (*map(tuple, parts[::2]), layer.type_name, layer.numel, layer.state_bytes)
+                decays = tuple(dict.fromkeys(layer.weight_decays))
+                key = (*map(tuple, parts[::2]), layer.type_name, layer.numel, layer.state_bytes, decays)
                 alike.setdefault(key, []).append(layer)
-        several = [some for some in alike.values() if len(some) >= FEWEST]
+        several = [some for of_kind in alike.values() for some in _by_lr(of_kind) if len(some) >= FEWEST]
         found += [Repeats(_name(some, nth), tuple(some)) for some in several]
         done = {id(layer) for some in several for layer in some}
         left = [layer for layer in left if id(layer) not in done]
@@ -47,10 +50,18 @@ def repeats_of(layers: Sequence[STACLayer]) -> list[Repeats]:
     return sorted(found, key=lambda repeats: order[id(repeats.layers[0])])
 
 
+def _by_lr(layers: list[STACLayer]) -> list[list[STACLayer]]:
+    """All together where they have one lr, or each its own, as by depth; else those of one lr each."""
+    by_lr: dict[tuple[float, ...], list[STACLayer]] = {}
+    for layer in layers:
+        by_lr.setdefault(tuple(dict.fromkeys(layer.lrs)), []).append(layer)
+    return [layers] if len(by_lr) in (1, len(layers)) else list(by_lr.values())
+
+
 def _around_number(name: str, nth: int) -> tuple[list[str], int, list[str]] | None:
     """The parts of a name before its first, or a later, number, that, and the parts behind; None without one."""
     parts = name.split(".")
-    places = [place for place, part in enumerate(parts) if part.isdecimal()]
+    places = [place for place, part in enumerate(parts) if NUMBER.fullmatch(part)]
     if nth >= len(places):
         return None
     place = places[nth]

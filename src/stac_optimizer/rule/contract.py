@@ -51,6 +51,10 @@ class Rule(ABC):
     numbers: ClassVar[tuple[str, ...]] = ()
     """Keys of state of which a parameter has one number, which :meth:`settled` alone sees."""
 
+    switched_keys: ClassVar[frozenset[str]] = frozenset()
+    """Those of them that it declares under some hyper-parameters alone, and that a checkpoint may lack: of a parameter
+    that has not stepped since such a one was switched on."""
+
     paths: ClassVar[frozenset[str]] = frozenset({"single", "foreach"})
     """The ways it can run: "single", "foreach", "fused"."""
 
@@ -215,7 +219,7 @@ class Rule(ABC):
 
     def can_lack(self, key: str, state: Mapping[str, Tensor]) -> bool:
         """Whether a checkpoint's state of a parameter may lack this key, which its group declares."""
-        return False
+        return key in self.switched_keys
 
     def warning(self, names: Sequence[str], params: Sequence[Tensor], group: Group) -> str | None:
         """What the user should be warned of at construction, or None."""

@@ -43,6 +43,8 @@ class RowSums:
         heights = [self._params[member].shape[0] for member in unit.members]
         widths = [size // max(height, 1) for size, height in zip(unit.sizes, heights, strict=True)]
         lengths = torch.tensor(widths).repeat_interleave(torch.tensor(heights))
+        if not len(lengths):
+            return [pack.new_zeros(0) for _ in heights]
         sums = torch.segment_reduce(pack.to(widest_dtype(pack.device)), "sum", lengths=lengths).to(pack.dtype)
         of_each: Sequence[Tensor] = sums.split(heights)
         return of_each

@@ -12,6 +12,7 @@ from stac_optimizer.distributed.shards import is_sharded
 from stac_optimizer.groups.other_checkpoints import refuse_other_kind
 from stac_optimizer.model.names import named_parameters
 from stac_optimizer.rule import Group
+from stac_optimizer.tensors.precision import arithmetic_dtype
 from stac_optimizer.validation import Checker, mapping
 
 __all__ = ["Loaded", "Own", "parted"]
@@ -27,11 +28,17 @@ class Own(NamedTuple):
         weights: of tensors like the parameter.
         shared: of small tensors that all parameters have one of, and on the same device.
         counter: of one more of these, which counts steps on the host.
+        wide: those of ``weights`` that are held in the precision of arithmetic, others in the parameter's dtype.
     """
 
     weights: tuple[str, ...]
     shared: tuple[str, ...] = ()
     counter: tuple[str, ...] = ()
+    wide: tuple[str, ...] = ()
+
+    def dtype_of(self, key: str, param: Tensor) -> torch.dtype:
+        """What a tensor like the parameter is held in."""
+        return arithmetic_dtype(param.dtype) if key in self.wide else param.dtype
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -126,7 +133,7 @@ def _checked(
             if not isinstance(value, Tensor):
                 raise ValueError(f"{what} must be a tensor, got {type(value).__name__}")
             if key in own.weights:
-                loaded.states.setdefault(param, {})[key] = _copied(what, value, param)
+                loaded.states.setdefault(param, {})[key] = _copied(what, value, param, own.dtype_of(key, param))
                 continue
             if key not in loaded.shared:
                 device = torch.device("cpu") if key in own.counter else param.device
@@ -137,7 +144,7 @@ def _checked(
     return loaded
 
 
-def _copied(what: str, value: Tensor, param: Tensor) -> Tensor:
+def _copied(what: str, value: Tensor, param: Tensor, dtype: torch.dtype) -> Tensor:
     if value.shape != param.shape:
         raise ValueError(f"{what} has shape {tuple(value.shape)}, that of the parameter {tuple(param.shape)}")
     if (value.is_floating_point(), value.is_complex()) != (param.is_floating_point(), param.is_complex()):
@@ -148,4 +155,4 @@ def _copied(what: str, value: Tensor, param: Tensor) -> Tensor:
             f"{what} is {given}, that of the parameter {needed}; torch.distributed.checkpoint.state_dict makes state "
             "dicts whole with StateDictOptions(full_state_dict=True), and loads them into shards with it"
         )
-    return torch.empty_like(param, dtype=value.dtype).copy_(value.detach())
+    return torch.empty_like(param, dtype=dtype).copy_(value.detach())

@@ -38,9 +38,10 @@ class Lookahead(SlowWeights):
     The base keeps its own averages at a synchronization, as the authors' code does by default. A parameter gets slow
     weights with its first gradient. One that is frozen by then stays where it is.
 
-    It is an optimizer, and one with its base (``optimizer.base``): a scheduler, scaler, or ``zero_grad`` of either is
-    of both, and a checkpoint of it holds both. Unlike holocron's class of this name, in whose place a scheduler changed
-    nothing, and hooks, ``state_dict`` and ``add_param_group`` raised. Closures go to the base, so that LBFGS works.
+    It is an optimizer, and one with its base (``optimizer.base``): a scheduler or ``zero_grad`` of either is of both,
+    and a checkpoint of it holds both; its own ``step`` alone, a scaler's too, looks after the slow weights. Unlike
+    holocron's class of this name, in whose place a scheduler changed nothing, and hooks, ``state_dict`` and
+    ``add_param_group`` raised. Closures go to the base, so that LBFGS works.
     ``torch.compile`` of a step is not supported; compile the model.
 
     Args:
@@ -72,5 +73,7 @@ class Lookahead(SlowWeights):
         for group in groups:
             params, slow = self._synced(group)
             for fast, theirs in by_kind(params, slow):
-                torch._foreach_lerp_(theirs, fast, group["sync_rate"])
+                # A model may have been cast since.
+                alike = [weight.to(own.dtype) for weight, own in zip(fast, theirs, strict=True)]
+                torch._foreach_lerp_(theirs, alike, group["sync_rate"])
             copy_all(slow, params)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 from stac_optimizer.model.names import name_of
 from stac_optimizer.rule import Group
 from stac_optimizer.tensors.precision import arithmetic_dtype
-from stac_optimizer.validation import Checker, boolean, non_negative, unit_fraction
+from stac_optimizer.validation import Checker, boolean, mapping, non_negative, real, unit_fraction
 from stac_optimizer.wrappers import tuner
 from stac_optimizer.wrappers.loading import Own
 from stac_optimizer.wrappers.parts import by_kind
@@ -40,8 +41,8 @@ def check_betas(name: str, value: Any) -> tuple[float, ...]:
 
 def check_positive(name: str, value: Any) -> float:
     """A finite float above 0."""
-    number = non_negative(name, value)
-    if number == 0:
+    number = real(name, value, "a finite number in (0, inf)")
+    if not 0 < number < math.inf:
         raise ValueError(f"{name} must be a finite number in (0, inf), got {value!r}")
     return number
 
@@ -69,7 +70,7 @@ class Mechanic(Wrapper):
         "s_init": check_positive,
         "store_delta": boolean,
     }
-    own: ClassVar[Own] = Own(weights=(DELTA, REFERENCE), shared=(NUMBERS,))
+    own: ClassVar[Own] = Own(weights=(DELTA, REFERENCE), shared=(NUMBERS,), wide=(DELTA,))
     hands_closure_on: ClassVar[bool] = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -88,7 +89,22 @@ class Mechanic(Wrapper):
     def scale(self) -> Tensor:
         """The present scale, by which the base's updates are multiplied; a tensor, on the device of the weights."""
         numbers = self._shared(NUMBERS)
-        return torch.tensor(self.param_groups[0]["s_init"]) if numbers is None else numbers[tuner.SCALE].sum()
+        if numbers is None:
+            betas, s_init = self._settings()
+            numbers = tuner.first_numbers(len(betas), s_init, self._params()[0])
+        return numbers[tuner.SCALE].sum()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As of every wrapper; ``s_betas`` and ``s_init`` must be those of the other groups."""
+        group = mapping("param_group", param_group)
+        for key in ("s_betas", "s_init"):
+            known = self.param_groups[0][key]
+            if key in group and self.hyperparameters[key](key, group[key]) != known:
+                raise ValueError(
+                    f"{key} must be {known!r}, as in the other groups, which have one scale, or be left out; got "
+                    f"{group[key]!r}"
+                )
+        super().add_param_group(param_group)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _made_anew, (self.base_class, tuple(self.arguments.items())), self.__getstate__()
@@ -177,6 +193,9 @@ class Mechanic(Wrapper):
                 state[REFERENCE] = weights.clone()
 
     def _check_loaded(self, groups: Sequence[Group], shared: Mapping[str, Tensor]) -> None:
+        settings = [(group.get("s_betas"), group.get("s_init")) for group in groups]
+        if any(each != settings[0] for each in settings):
+            raise ValueError(f"the checkpoint's groups must have the same s_betas and s_init, got {settings}")
         numbers = shared.get(NUMBERS)
         if numbers is None:
             return

@@ -70,7 +70,7 @@ class Scout(SlowWeights):
         ...     optimizer.step()
     """
 
-    own: ClassVar[Own] = Own(weights=("scout_slow", *STATISTICS), counter=("scout_step",))
+    own: ClassVar[Own] = Own(weights=("scout_slow", *STATISTICS), counter=("scout_step",), wide=STATISTICS)
 
     def _dtypes(self, param: Tensor, group: Group) -> Sequence[torch.dtype]:
         return (param.dtype, *[arithmetic_dtype(param.dtype)] * len(STATISTICS))

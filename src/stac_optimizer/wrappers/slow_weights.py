@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from stac_optimizer.rule import Group
 from stac_optimizer.stepping.ambient import neutral
-from stac_optimizer.validation import Checker, count, non_negative
+from stac_optimizer.validation import Checker, count, real
 from stac_optimizer.wrappers.parts import copy_all
 from stac_optimizer.wrappers.refusals import refuse_own_operations
 from stac_optimizer.wrappers.wrapper import Wrapper
@@ -23,8 +23,8 @@ __all__ = ["SlowWeights"]
 
 def check_rate(name: str, value: Any) -> float:
     """A float from 0 to 1."""
-    rate = non_negative(name, value)
-    if rate > 1:
+    rate = real(name, value, "a number in [0, 1]")
+    if not 0 <= rate <= 1:
         raise ValueError(f"{name} must be a number in [0, 1], got {value!r}")
     return rate
 
@@ -40,10 +40,12 @@ class Noted(NamedTuple):
     Args:
         weights: by parameter a copy, where one is needed.
         is_first: whether the slow weights begin with this step.
+        stepped: parameters with a gradient, which hooks of the base may take away.
     """
 
     weights: dict[Tensor, Tensor]
     is_first: bool
+    stepped: frozenset[Tensor]
 
 
 class SlowWeights(Wrapper):
@@ -83,7 +85,8 @@ class SlowWeights(Wrapper):
         refuse_own_operations(fresh, self.param_groups, type(self).__name__)
         copied = {*fresh, *self._watched(held, steps + 1)}
         # In the order of all parameters, for the memory of a step does not depend on what hash values are.
-        return Noted({p: p.detach().clone() for p in self._params() if p in copied}, is_first)
+        stepped = frozenset(param for param in params if param.grad is not None)
+        return Noted({p: p.detach().clone() for p in self._params() if p in copied}, is_first, stepped)
 
     def _watched(self, held: Mapping[Tensor, Tensor], step: int) -> Iterable[Tensor]:
         """Parameters whose weights from before this step are needed, besides those that get slow weights in it."""
@@ -91,7 +94,8 @@ class SlowWeights(Wrapper):
 
     def _after(self, noted: Noted, *, makes_state: bool) -> None:
         held = self._held(self._slow_key)
-        fresh = [p for p in noted.weights if p.grad is not None and (noted.is_first or p not in held)]
+        stepped = [p for p in noted.weights if p in noted.stepped or p.grad is not None]
+        fresh = [p for p in stepped if noted.is_first or p not in held]
         self._begin(fresh, noted.weights)
         counter = self._shared(self._counter_key)
         if counter is None or makes_state:
@@ -127,13 +131,14 @@ class SlowWeights(Wrapper):
     def slow_weights(self) -> Iterator[None]:
         """Within this context the model has the slow weights, to evaluate or save it; then its own to the bit again.
 
-        Costs a copy of all weights for that time. Statistics of normalization layers are those of the fast weights.
+        Costs a copy of all weights for that time. Statistics of normalization layers are those of the fast weights, and
+        so are weights that are frozen by now.
 
         Raises:
             RuntimeError: within itself; for a step, or a checkpoint to load, within it.
         """
         self._refuse_while_closed("enter slow_weights")
-        held = self._held(self._slow_key) if self._steps else {}
+        held = self._held(self._slow_key, [p for p in self._params() if p.requires_grad]) if self._steps else {}
         params, slow = list(held), list(held.values())
         with neutral(self.param_groups), torch.no_grad():
             fast = [param.detach().clone() for param in params]

@@ -27,6 +27,9 @@ from stac_optimizer.wrappers.refusals import chain, is_closed_to_scalers, refuse
 
 __all__ = ["Wrapper"]
 
+# What a base remembers of its wrapper: a second one would find the groups and the state of the first.
+MARK = "_wrapped_in"
+
 
 class Wrapper(Optimizer):
     """An optimizer around another.
@@ -54,6 +57,7 @@ class Wrapper(Optimizer):
     def __init__(self, base: Optimizer, values: Mapping[str, Any]) -> None:
         self._values = {key: self.hyperparameters[key](key, value) for key, value in values.items()}
         self._refuse(base)
+        vars(base)[MARK] = type(self).__name__
         self.base = base
         self._why_closed: str | None = None
         # Not torch's __init__, which would give it groups and state of its own.
@@ -65,6 +69,11 @@ class Wrapper(Optimizer):
     def _refuse(self, base: Optimizer) -> None:
         """Raise where this base cannot be wrapped."""
         refuse_base(base, type(self).__name__)
+        if MARK in vars(base):
+            raise ValueError(
+                f"base is wrapped in {vars(base)[MARK]} already, and holds its settings and weights; go on with that "
+                "wrapper, or build the base anew"
+            )
         for inner in chain(base):
             if isinstance(inner, Wrapper) and inner.hyperparameters.keys() & self.hyperparameters.keys():
                 raise ValueError(
@@ -112,6 +121,7 @@ class Wrapper(Optimizer):
         # Without a base it is torch's load_state_dict that calls, see there: the base has loaded by then.
         if "base" in state:
             self.base = state["base"]
+            vars(self.base)[MARK] = type(self).__name__
             super().__setstate__(state)
 
     def __repr__(self) -> str:
@@ -140,6 +150,7 @@ class Wrapper(Optimizer):
 
         Of a base that is none of this package, what it holds by now.
         """
+        self._complete()
         own: int = sum(
             param.numel() * dtype.itemsize
             for group in self.param_groups
@@ -223,10 +234,10 @@ class Wrapper(Optimizer):
         raise NotImplementedError
 
     def _complete(self) -> None:
-        """Give groups that came by other ways, as through the base, what they lack."""
-        for group in self.param_groups:
+        """Give groups that came by other ways, as through the base, what they lack, and check what they have."""
+        for index, group in enumerate(self.param_groups):
             for key, value in self._values.items():
-                group.setdefault(key, value)
+                group[key] = self.hyperparameters[key](f"group {index}: {key}", group.get(key, value))
 
     def _params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]
@@ -246,6 +257,7 @@ class Wrapper(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """What the base's ``state_dict`` returns; the wrapper's state is in it."""
+        self._complete()
         handle = self.register_state_dict_post_hook(lambda _, __: self.base.state_dict(), prepend=True)
         try:
             result: dict[str, Any] = super().state_dict()
@@ -254,7 +266,7 @@ class Wrapper(Optimizer):
             handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned. State keeps the dtype that it was saved in, and is copied.
+        """Load what :meth:`state_dict` returned. State is copied, the wrapper's in dtypes that go with the weights.
 
         A checkpoint of the base alone loads too: the wrapper begins with the weights that its next step finds.
 

@@ -204,3 +204,28 @@ def test_wrong_argument_is_refused(
 ) -> None:
     with pytest.raises(error, match=f"^{message}"):
         kind([nn.Parameter(torch.ones(2))], **arguments)
+
+
+def test_infinite_degrees_of_freedom_are_adam_where_squares_overflow() -> None:
+    for gradient, eps in (([1e16, -1e16], 1e-8), ([3.0, -0.5], 0.0)):
+        ours = weight_of(run(TAdam, [torch.tensor(gradient)], dof=math.inf, eps=eps))
+        weight = nn.Parameter(torch.zeros(2))
+        weight.grad = torch.tensor(gradient)
+        torch.optim.Adam([weight], lr=0.125, eps=eps).step()
+        torch.testing.assert_close(ours, weight.detach())
+
+
+def test_matrices_without_rows_step_together() -> None:
+    params = [nn.Parameter(torch.ones(0, 3)) for _ in range(2)]
+    for param in params:
+        param.grad = torch.ones(0, 3)
+    AdamP(params).step()
+
+
+def test_checkpoint_of_complex_numbers_loads_into_wider_ones() -> None:
+    narrow, wide = (nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in (torch.complex64, torch.complex128))
+    saved, loaded = TAdam([narrow]), TAdam([wide])
+    narrow.grad = torch.ones(3, dtype=torch.complex64)
+    saved.step()
+    loaded.load_state_dict(saved.state_dict())
+    assert loaded.state[wide]["exp_avg_weight"].dtype == torch.float32

@@ -291,3 +291,13 @@ def test_lr_may_be_an_integer_or_a_tensor(kind: Any) -> None:
     ended = [trained(lambda params, lr=lr: kind(params, lr=lr), 2)[0] for lr in (1, 1.0, torch.tensor(1.0))]
     assert_same_bits(ended[1], ended[0])
     np.testing.assert_allclose(ended[2].numpy(), ended[0].numpy(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [LARS, RaLars])
+@pytest.mark.parametrize(("dtype", "gradient"), [(torch.float32, 1e-42), (torch.bfloat16, 1e-39)], ids=str)
+def test_vanishing_gradients_leave_weights_where_they_are(kind: Any, dtype: torch.dtype, gradient: float) -> None:
+    """A confident softmax gives such; the weights' norm by theirs would be infinite."""
+    weight = nn.Parameter(torch.ones(2, 4, dtype=dtype))
+    weight.grad = torch.full((2, 4), gradient, dtype=dtype)
+    kind([weight], lr=0.1).step()
+    assert torch.equal(weight, torch.ones(2, 4, dtype=dtype))

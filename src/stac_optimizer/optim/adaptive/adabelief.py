@@ -53,6 +53,7 @@ class AdaBeliefRule(Rule):
         "amsgrad": Hyperparameter(default=False, check=boolean),
     }
     state_keys = ("step", "exp_avg", "exp_avg_var", "max_exp_avg_var")
+    switched_keys = frozenset({"max_exp_avg_var"})
 
     def state(self, param: Tensor, group: Group) -> tuple[StateTensor, ...]:
         return (*STATE, LARGEST) if group["amsgrad"] else STATE
@@ -86,7 +87,8 @@ class AdaBelief(RuleOptimizer):
         params: parameters, (name, parameter) pairs, or group dicts with hyper-parameters of their own.
         lr: how far a step moves a weight whose gradients scatter as widely as they are large, in [0, inf); a float or
             a one-element tensor. Where they agree, steps are longer.
-        betas: :math:`\beta_1` of the average and :math:`\beta_2` of the variance, each in [0, 1).
+        betas: :math:`\beta_1` of the average and :math:`\beta_2` of the variance, each in [0, 1). Not 0: with
+            :math:`\beta_1 = 0` no gradient deviates from m, and a step is :math:`g / \sqrt{\epsilon}`.
         eps: :math:`\epsilon`, in [0, inf). As it adds up in s, it counts more than Adam's: the authors advise 1e-16,
             and 1e-8 where SGD does better than Adam.
         weight_decay: decoupled, multiplied by lr, in [0, inf), as in the authors' package.

@@ -75,6 +75,7 @@ class AdEMAMixRule(Rule):
         "t_alpha_beta3": Hyperparameter(default=None, check=_optional_steps),
     }
     state_keys = ("step", "exp_avg", "exp_avg_slow", "exp_avg_sq")
+    switched_keys = frozenset({"exp_avg"})
 
     def state(self, param: Tensor, group: Group) -> tuple[StateTensor, ...]:
         return (COUNTER, FAST, *STATE) if group["betas"][0] else (COUNTER, *STATE)

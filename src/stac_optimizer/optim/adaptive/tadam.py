@@ -5,6 +5,7 @@ Reference: TAdam (Ilboudo, Kobayashi, Sugimoto), https://arxiv.org/abs/2003.0017
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,7 +24,7 @@ from stac_optimizer.rule.moments import (
 )
 from stac_optimizer.tensors.device_tables import integers
 from stac_optimizer.tensors.precision import arithmetic_dtype
-from stac_optimizer.validation import boolean, non_negative, pair_of_fractions
+from stac_optimizer.validation import boolean, non_negative, pair_of_fractions, real
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -48,11 +49,10 @@ def _degrees(name: str, value: Any) -> float | None:
     allowed = "a number above 0, infinity among them, or None for the number of elements"
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be {allowed}, got {value!r} of type {type(value).__name__}")
-    if not value > 0:
+    number = real(name, value, allowed)
+    if not number > 0:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
-    return float(value)
+    return number
 
 
 class TAdamRule(Rule):
@@ -87,6 +87,7 @@ class TAdamRule(Rule):
         "dof": Hyperparameter(default=None, check=_degrees),
     }
     state_keys = ("step", "exp_avg", "exp_avg_sq", WEIGHT, "max_exp_avg_sq")
+    switched_keys = frozenset({"max_exp_avg_sq"})
     numbers = (WEIGHT,)
 
     def state(self, param: Tensor, group: Group) -> tuple[StateTensor, ...]:
@@ -109,9 +110,11 @@ class TAdamRule(Rule):
         beta1, dof = group["betas"][0], group["dof"]
         weights = torch.stack(state[WEIGHT])
         dims = integers([max(numel, 1) for numel in wholes.numels], weights.device).to(weights.dtype)
-        degrees = dims if dof is None else dof
-        # By ratios to the degrees of freedom, which may be infinite.
-        trusts = (1 + dims / degrees) / (1 + torch.stack(measured[0]).square() / degrees)
+        if dof == math.inf:  # where nothing is too far out, not even what overflows
+            trusts = torch.ones_like(weights)
+        else:
+            degrees = dims if dof is None else dof
+            trusts = (1 + dims / degrees) / (1 + torch.stack(measured[0]).square() / degrees)
         shares = trusts / (weights + trusts)
         assign_(state[WEIGHT], (weights * ((2 * beta1 - 1) / beta1) + trusts).unbind())
         return list((1 - shares).unbind()), list(shares.unbind())
@@ -156,7 +159,7 @@ class TAdam(RuleOptimizer):
             shorter: while v is small, every gradient lies far out.
         betas: :math:`\beta_1` of the average where gradients are trusted as much as ever, in (0.5, 1), and
             :math:`\beta_2` of squares, in [0, 1).
-        eps: :math:`\epsilon`, in [0, inf).
+        eps: :math:`\epsilon`, in [0, inf). With 0 a single gradient of exactly 0 makes the whole parameter NaN.
         weight_decay: times the weight added to the gradient (L2), in [0, inf).
         amsgrad: divide by the largest v so far (https://openreview.net/forum?id=ryQu7f-RZ).
         dof: :math:`\nu`, in (0, inf]: the less, the less an outlying gradient counts; infinity: Adam. None: d.

@@ -63,6 +63,7 @@ class LRMSPropRule(DiffusingRule):
         **COMMON,
     }
     state_keys = ("step", "square_avg", "momentum_buffer")
+    switched_keys = frozenset({"momentum_buffer"})
 
     def state(self, param: Tensor, group: Group) -> tuple[StateTensor, ...]:
         return STATE_WITH_MOMENTUM if group["momentum"] else STATE

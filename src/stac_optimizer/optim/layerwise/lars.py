@@ -59,6 +59,7 @@ class LARSRule(Rule):
     }
     excluded = (("nesterov", "dampening"),)
     state_keys = ("step", "momentum_buffer")
+    switched_keys = frozenset({"momentum_buffer"})
 
     def state(self, param: Tensor, group: Group) -> tuple[StateTensor, ...]:
         return (COUNTER, BUFFER) if group["momentum"] else (COUNTER,)
@@ -100,7 +101,7 @@ class LARSRule(Rule):
 
 
 def _shares(steps: TensorList, dampening: float) -> list[Any]:
-    """How much of a step enters the buffer: of the first one all, as in ``torch.optim.SGD``."""
+    """How much of a step enters the buffer: of a parameter's first one all, as in ``torch.optim.SGD``."""
     if not dampening:
         return [1.0] * len(steps)
     counts = known_counts(steps)
@@ -120,9 +121,10 @@ class LARS(RuleOptimizer):
         p \leftarrow p - \text{lr} \cdot b
 
     Parameters of fewer than two dimensions, such as biases and the scales of norms, and those whose weights or
-    gradients are all 0, take the gradient as it is: :math:`x = g + \text{weight\_decay} \cdot p`. The first b is x.
-    holocron's class of this name also scales vectors, scales the buffer instead of what enters it, has no
-    ``trust_coefficient``, does nothing with its ``scale_clip``, and writes to the gradients.
+    gradients are all 0, take the gradient as it is: :math:`x = g + \text{weight\_decay} \cdot p`. In a parameter's
+    first step b is x; a momentum that is switched on later begins at 0. holocron's class of this name also scales
+    vectors, scales the buffer instead of what enters it, has no ``trust_coefficient``, does nothing with its
+    ``scale_clip``, and writes to the gradients.
 
     Args:
         params: parameters, (name, parameter) pairs, or group dicts with hyper-parameters of their own.

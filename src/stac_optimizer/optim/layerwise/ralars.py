@@ -122,7 +122,8 @@ class RaLars(RuleOptimizer):
     Here r grows from 0 to 1, as RAdam has it. While it is not known (:math:`\rho_t \le 5`, with the default betas in
     the first five steps) the average :math:`m / (1 - \beta_1^t)` takes the place of its product. As u is scaled to the
     norm of the weights, r does not change the length of a step but the share of the decay in it. Where either norm is
-    0, the ratio is 1. holocron's class of this name rectifies where :math:`\rho_t > 4`, a step earlier, with r near 0.
+    0, the ratio is 1. The bound 5 is that of the authors' code and of torch; the paper's algorithm and holocron's class
+    of this name have 4, a step earlier, with r near 0.
 
     Args:
         params: parameters, (name, parameter) pairs, or group dicts with hyper-parameters of their own.

@@ -18,19 +18,22 @@ from stac_optimizer.rule.moments import bias_corrections
 
 __all__ = ["AdamByTrustRule", "adam_steps", "trust_ratios"]
 
+# Of the norm of the weights. Shorter steps count as none: their ratio is infinite in float32.
+LEAST_SHARE = 2.0**-126
+
 STATE = (COUNTER, StateTensor(key="exp_avg"), StateTensor(key="exp_avg_sq"))
 
 
 def trust_ratios(
     weight_norms: Tensor, step_norms: Tensor, clip: tuple[float, float] | None, coefficient: float = 1.0
 ) -> Tensor:
-    """Coefficient · φ(‖p‖) / ‖step‖ of each parameter, φ clipping; 1 where either norm is 0, NaN where one is.
+    """Coefficient · φ(‖p‖) / ‖step‖ of each parameter, φ clipping; NaN where a norm is, 1 where one is as good as 0.
 
     No quotient by 0, not even an unused one: its derivative would be NaN.
     """
-    has_none = (weight_norms == 0) | (step_norms == 0)
-    clipped = weight_norms if clip is None else weight_norms.clamp(*clip)
-    return torch.where(has_none, 1.0, coefficient * clipped / torch.where(has_none, 1.0, step_norms))
+    clipped = coefficient * (weight_norms if clip is None else weight_norms.clamp(*clip))
+    has_none = (weight_norms == 0) | (step_norms <= clipped * LEAST_SHARE)
+    return torch.where(has_none, 1.0, clipped / torch.where(has_none, 1.0, step_norms))
 
 
 def adam_steps(averages: TensorList, squares: TensorList, steps: TensorList, group: Group) -> TensorList:
