@@ -18,7 +18,7 @@ from stac_optimizer.groups.keys import check_parameters, defaults_of, unshare_lr
 from stac_optimizer.model.names import named_parameters
 from stac_optimizer.rule import COUNTER, Group, Rule, StepInputs
 from stac_optimizer.rule.contract import DTYPES
-from stac_optimizer.stepping.ambient import check_writable, neutral
+from stac_optimizer.stepping.ambient import check_writable, copies_for_backward, neutral
 from stac_optimizer.stepping.checks import check_capture, check_scaler, check_step, only_makes_state
 from stac_optimizer.stepping.copies import has_foreign, step_by_copies, try_kinds
 from stac_optimizer.stepping.failures import Attempt
@@ -268,7 +268,8 @@ class RuleOptimizer(Optimizer):
             with context:
                 for inputs in gathered:
                     attempt.begin(inputs)
-                    with torch.set_grad_enabled(inputs.group["differentiable"]):
+                    recorded = inputs.group["differentiable"]
+                    with torch.set_grad_enabled(recorded), copies_for_backward(is_recorded=recorded):
                         step_by_copies(self._rules[inputs.group["rule"]].step, inputs)
                     if not inputs.group["differentiable"]:
                         torch.autograd.graph.increment_version(inputs.params)  # Note [Unseen writes]

@@ -6,6 +6,7 @@ import weakref
 from functools import cache
 from typing import Any, Protocol
 
+import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 __all__ = ["hear"]
@@ -35,6 +36,8 @@ def _register() -> None:
 
 
 def _tell(other: Optimizer, *_: object) -> None:
+    if torch.compiler.is_compiling():  # when one listens is no matter of the time that a step is traced
+        return
     problems = [listener.problem_of_step(other) for listener in list(_listeners)]
     problem = next(filter(None, problems), None)
     if problem is not None:

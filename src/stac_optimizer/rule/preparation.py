@@ -7,12 +7,10 @@ gradients, counting, and blocks or lists of bounded memory (Note [Units of work]
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from stac_optimizer.distributed.dealing import ranks_to_deal_to
 from stac_optimizer.distributed.shards import real_parts, run_offset, which_are_cut
@@ -76,21 +74,6 @@ def step_prepared(
         is_whole: whether it must get whole parameters.
         is_dealt: whether ranks share out what it computes of them, so that several must be at hand at once.
     """
-    # What a recorded operation keeps for backward, a later one may write to.
-    keeps = saved_tensors_hooks(_copied, _as_it_is) if inputs.group["differentiable"] else nullcontext()
-    with keeps:
-        _step(inputs, update, measuring, numbers, is_whole=is_whole, is_dealt=is_dealt)
-
-
-def _step(
-    inputs: StepInputs,
-    update: Update,
-    measuring: Measuring | None,
-    numbers: Sequence[str],
-    *,
-    is_whole: bool,
-    is_dealt: bool,
-) -> None:
     shares = inputs.group.get("share_work", False)
     ranks = ranks_to_deal_to(inputs.params, shares=shares) if is_dealt else 1
     count_step_(inputs.states["step"], never_stops=inputs.group["stochastic_rounding"] or SCALE in inputs.states)
@@ -111,14 +94,6 @@ def _step(
                 work.update(update)
         else:
             _update_measured(task, indices, measuring, update)
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone()
-
-
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _update_measured(task: _Task, indices: Sequence[int], measuring: Measuring, update: Update) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from stac_optimizer.model.names import name_of
 from stac_optimizer.rule import Group
@@ -21,7 +22,7 @@ from stac_optimizer.tensors.torch_private import (
     without_autocast,
 )
 
-__all__ = ["check_writable", "neutral"]
+__all__ = ["check_writable", "copies_for_backward", "neutral"]
 
 # Note [Ambient contexts]
 # autocast chooses dtypes, the defaults of dtype and device decide what new tensors are, and what inference mode makes
@@ -50,6 +51,19 @@ def neutral(groups: Sequence[Group]) -> AbstractContextManager[Any]:
 
 
 NOTHING = nullcontext()
+
+
+def copies_for_backward(*, is_recorded: bool) -> AbstractContextManager[Any]:
+    """Where a step is recorded: what an operation keeps for backward, a later one of the step may write to."""
+    return saved_tensors_hooks(_copied, _as_it_is) if is_recorded else nullcontext()
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _recorded(groups: Sequence[Group]) -> AbstractContextManager[Any]:
