@@ -271,7 +271,7 @@ class RuleOptimizer(Optimizer):
                     recorded = inputs.group["differentiable"]
                     with torch.set_grad_enabled(recorded), copies_for_backward(is_recorded=recorded):
                         step_by_copies(self._rules[inputs.group["rule"]].step, inputs)
-                    if not inputs.group["differentiable"]:
+                    if not recorded:
                         torch.autograd.graph.increment_version(inputs.params)  # Note [Unseen writes]
 
     def _ready(self, groups: Sequence[Group], position: int | None) -> tuple[bool, list[StepInputs]] | None:

@@ -26,6 +26,7 @@ __all__ = [
     "sum_over_ranks",
     "sum_over_shards",
     "sums_over_rows",
+    "sums_over_shards",
     "waited",
     "which_are_cut",
     "zeros_by_row",
@@ -147,12 +148,16 @@ def sum_over_shards(value: Tensor, param: Any) -> Tensor:
 def roots_of_sums_over_shards(norms: Sequence[Tensor], params: Sequence[Any]) -> list[Tensor]:
     """The norms of whole parameters, given those of this rank's shards; one collective for all that are cut alike."""
     cut = which_are_cut(params)
-    are_summed = [[dim is not None for dim in _cut_dims(params[index])] for index in cut]
-    sums = _summed_together([norms[index].square() for index in cut], [params[index] for index in cut], are_summed)
+    sums = sums_over_shards([norms[index].square() for index in cut], [params[index] for index in cut])
     wholes = list(norms)
     for index, squares in zip(cut, sums, strict=True):
         wholes[index] = squares.sqrt()
     return wholes
+
+
+def sums_over_shards(values: Sequence[Tensor], params: Sequence[Any]) -> list[Tensor]:
+    """:func:`sum_over_shards` for each of several parameters, values of one shape; one collective for all cut alike."""
+    return _summed_together(values, params, [[dim is not None for dim in _cut_dims(param)] for param in params])
 
 
 def row_sums_over_shards(rows: Tensor, param: Any) -> Tensor:

@@ -66,9 +66,6 @@ class Lookahead(SlowWeights):
 
     own: ClassVar[Own] = Own(weights=("lookahead_slow",), counter=("lookahead_step",))
 
-    def _dtypes(self, param: torch.Tensor, group: Group) -> Sequence[torch.dtype]:
-        return (param.dtype,)
-
     def _sync(self, groups: Sequence[Group]) -> None:
         for group in groups:
             params, slow = self._synced(group)

@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 
 from stac_optimizer.model.names import name_of
 from stac_optimizer.rule import Group
-from stac_optimizer.tensors.precision import arithmetic_dtype
 from stac_optimizer.validation import Checker, boolean, mapping, non_negative, real, unit_fraction
 from stac_optimizer.wrappers import tuner
 from stac_optimizer.wrappers.loading import Own
@@ -112,9 +111,8 @@ class Mechanic(Wrapper):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_betas": None}
 
-    def _dtypes(self, param: Tensor, group: Group) -> Sequence[torch.dtype]:
-        delta = arithmetic_dtype(param.dtype)
-        return (delta, param.dtype) if group["store_delta"] else (delta,)
+    def _kept(self, group: Group) -> Sequence[str]:
+        return (DELTA, REFERENCE) if group["store_delta"] else (DELTA,)
 
     def _before(self, *, may_get_gradients: bool, makes_state: bool) -> Noted:
         stepped = {param: group for param, group in self._groups().items() if param.grad is not None}
@@ -186,7 +184,7 @@ class Mechanic(Wrapper):
                 betas, s_init = self._settings()
                 numbers = tuner.first_numbers(len(betas), s_init, param)
             state, weights = self.state[param], before.get(param, param.detach())
-            dtype = arithmetic_dtype(param.dtype)
+            dtype = self.own.dtype_of(DELTA, param)
             state[DELTA] = torch.zeros_like(weights, dtype=dtype, memory_format=torch.preserve_format)
             state[NUMBERS] = numbers
             if groups[param]["store_delta"]:

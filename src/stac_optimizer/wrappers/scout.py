@@ -8,15 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from stac_optimizer.distributed.shards import real_parts
+from stac_optimizer.distributed.shards import real_parts, sums_over_shards
 from stac_optimizer.rule import Group
 from stac_optimizer.tensors.cutting import BLOCK_NUMEL, filled
 from stac_optimizer.tensors.pieces import Lists
-from stac_optimizer.tensors.precision import arithmetic_dtype, downcast, foreach_upcast, upcast
+from stac_optimizer.tensors.precision import arithmetic_dtype, downcast, foreach_upcast, upcast, widest_dtype
 from stac_optimizer.wrappers.loading import Own
 from stac_optimizer.wrappers.parts import by_kind, copy_all, units_of_lists
 from stac_optimizer.wrappers.slow_weights import SlowWeights
-from stac_optimizer.wrappers.sums import summed_over_shards, wide_dtype
 
 __all__ = ["Scout"]
 
@@ -72,14 +71,11 @@ class Scout(SlowWeights):
 
     own: ClassVar[Own] = Own(weights=("scout_slow", *STATISTICS), counter=("scout_step",), wide=STATISTICS)
 
-    def _dtypes(self, param: Tensor, group: Group) -> Sequence[torch.dtype]:
-        return (param.dtype, *[arithmetic_dtype(param.dtype)] * len(STATISTICS))
-
     def _begin(self, params: Sequence[Tensor], weights: Mapping[Tensor, Tensor] | None = None) -> None:
         super()._begin(params, weights)
         for param in params:
             for key in STATISTICS:
-                dtype = arithmetic_dtype(param.dtype)
+                dtype = self.own.dtype_of(key, param)
                 self.state[param][key] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
 
     def _watched(self, held: Mapping[Tensor, Tensor], step: int) -> Iterable[Tensor]:
@@ -102,7 +98,7 @@ class Scout(SlowWeights):
         coherence = self._coherence(measured)
         for group, (params, slow) in pairs:
             for fast, theirs in by_kind(params, slow):
-                rate = torch.full((), group["sync_rate"], dtype=wide_dtype(fast[0].device), device=fast[0].device)
+                rate = torch.full((), group["sync_rate"], dtype=widest_dtype(fast[0].device), device=fast[0].device)
                 if coherence is not None:
                     rate = torch.fmax(1 - coherence.to(rate), rate)
                 rate = rate.to(arithmetic_dtype(fast[0].dtype))
@@ -117,7 +113,7 @@ class Scout(SlowWeights):
         if not everything:
             return None
         sums = [each for params, period in measured for each in self._ratios(params, period)]
-        totals, counts = summed_over_shards([each.to(sums[0].device) for each in sums], everything).unbind(1)
+        totals, counts = torch.stack(sums_over_shards([each.to(sums[0].device) for each in sums], everything)).unbind(1)
         return torch.nanmean(totals / counts)
 
     def _ratios(self, params: Sequence[Tensor], period: int) -> Iterator[Tensor]:
@@ -139,7 +135,7 @@ class Scout(SlowWeights):
             torch._foreach_mul_(rounding, [SAME * torch.finfo(parts[0][place].dtype).eps for place in places])
             spans = torch._foreach_sub(most, least)
             for ratio, span, limit in zip(ratios, spans, rounding, strict=True):
-                told, dtype = span > limit, wide_dtype(ratio.device)
+                told, dtype = span > limit, widest_dtype(ratio.device)
                 total = torch.where(told, ratio, 0.0).sum(dtype=dtype)
                 yield torch.stack([total, told.sum(dtype=dtype)])
 

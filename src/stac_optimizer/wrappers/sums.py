@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stac_optimizer.distributed.shards import is_cut, sum_over_shards
+from stac_optimizer.distributed.shards import is_cut
 from stac_optimizer.tensors.cutting import block_numel, filled
-from stac_optimizer.tensors.precision import upcast
+from stac_optimizer.tensors.precision import upcast, widest_dtype
 
-__all__ = ["places_of_alike", "products", "summed_over_shards", "wide_dtype"]
+__all__ = ["places_of_alike", "products"]
 
 # A tensor of at most this many elements is multiplied together with others.
 SMALL_NUMEL = 16 * 1024
@@ -27,20 +27,6 @@ def places_of_alike(params: Sequence[Any]) -> Mapping[Any, list[int]]:
     return alike
 
 
-def summed_over_shards(values: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
-    """For each parameter what its shards contribute, added up; one collective for all that are cut alike.
-
-    Args:
-        values: for each parameter a few numbers of this rank, on one device.
-        params: the parameters.
-    """
-    rows = torch.stack(list(values))
-    for key, places in places_of_alike(params).items():
-        if key is not None:
-            rows[places] = sum_over_shards(rows[places], params[places[0]])
-    return rows
-
-
 def products(lists: Sequence[list[Tensor]], pairs: Sequence[tuple[int, int]]) -> Tensor:
     """Sums over all elements of products, in float64 where the device has it.
 
@@ -49,12 +35,7 @@ def products(lists: Sequence[list[Tensor]], pairs: Sequence[tuple[int, int]]) ->
         pairs: for each sum the places of the two lists that are multiplied.
     """
     held = [torch.stack([torch.dot(runs[one], runs[other]) for one, other in pairs]) for runs in _runs(lists)]
-    return torch.stack(held).sum(0, dtype=wide_dtype(held[0].device))
-
-
-def wide_dtype(device: torch.device) -> torch.dtype:
-    """What few numbers are computed in."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    return torch.stack(held).sum(0, dtype=widest_dtype(held[0].device))
 
 
 def _runs(lists: Sequence[list[Tensor]]) -> Iterator[list[Tensor]]:

@@ -21,9 +21,9 @@ from torch import Tensor
 from stac_optimizer.distributed.shards import real_parts, sum_over_shards
 from stac_optimizer.rule import Group
 from stac_optimizer.tensors.pieces import Lists
-from stac_optimizer.tensors.precision import arithmetic_dtype, foreach_downcast, foreach_upcast
+from stac_optimizer.tensors.precision import arithmetic_dtype, foreach_downcast, foreach_upcast, widest_dtype
 from stac_optimizer.wrappers.parts import by_kind, units_of_lists
-from stac_optimizer.wrappers.sums import places_of_alike, products, wide_dtype
+from stac_optimizer.wrappers.sums import places_of_alike, products
 
 __all__ = ["SCALE", "first_numbers", "inner_product", "move_", "next_numbers"]
 
@@ -37,7 +37,7 @@ PRODUCTS = ((1, 1), (0, 0), (2, 1), (2, 0))
 def first_numbers(count: int, s_init: float, param: Tensor) -> Tensor:
     """The numbers before the first step, s, r, m and v, where this parameter is."""
     device = real_parts([param])[0].device
-    dtype = wide_dtype(device)
+    dtype = widest_dtype(device)
     numbers = torch.zeros((4, count), dtype=dtype, device=device)
     numbers[SCALE] = s_init
     return numbers

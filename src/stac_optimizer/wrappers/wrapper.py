@@ -152,10 +152,10 @@ class Wrapper(Optimizer):
         """
         self._complete()
         own: int = sum(
-            param.numel() * dtype.itemsize
+            param.numel() * self.own.dtype_of(key, param).itemsize
             for group in self.param_groups
             for param in group["params"]
-            for dtype in self._dtypes(param, group)
+            for key in self._kept(group)
         )
         with self._stripped():
             count = getattr(self.base, "state_bytes", None)
@@ -229,9 +229,9 @@ class Wrapper(Optimizer):
         """Make the wrapper's state of parameters of which the base has some."""
         raise NotImplementedError
 
-    def _dtypes(self, param: Tensor, group: Group) -> Sequence[torch.dtype]:
-        """The dtypes of what is kept of a parameter, each as large as that."""
-        raise NotImplementedError
+    def _kept(self, group: Group) -> Sequence[str]:
+        """The keys of what is kept of a parameter of this group, each as large as that."""
+        return self.own.weights
 
     def _complete(self) -> None:
         """Give groups that came by other ways, as through the base, what they lack, and check what they have."""
