@@ -27,6 +27,7 @@ PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 LINKING = [*PAGES, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "examples/README.md"))]
 MODULES = ["stac_optimizer", *(m.name for m in pkgutil.walk_packages(stac_optimizer.__path__, "stac_optimizer."))]
 LAST_LINE = 260
+SHOWN = "https://github.com/smturtle2/stac-optimizer/blob/main/"  # where the README, which an index shows too, links to
 
 
 def blocks(language: str, text: str) -> list[str]:
@@ -36,6 +37,11 @@ def blocks(language: str, text: str) -> list[str]:
 
 def page(name: str) -> str:
     return (DOCS / name).read_text(encoding="utf-8")
+
+
+def links(text: str) -> list[str]:
+    """What is linked to, in the line or by a definition of its own."""
+    return re.findall(r"(?:\]\(|^\[[^\]]+\]: )([^)\s]+)", text, flags=re.MULTILINE)
 
 
 def named(path: Path) -> str:
@@ -91,6 +97,12 @@ def test_readme_is_short_and_whole() -> None:
     assert "@@" not in README
 
 
+def test_links_of_the_readme_lead_somewhere_from_a_package_index() -> None:
+    assert [link for link in links(README) if not link.startswith("https://")] == []
+    defined, used = re.findall(r"^\[([^\]]+)\]: ", README, flags=re.MULTILINE), re.findall(r"\]\[([^\]]+)\]", README)
+    assert set(defined) == set(used)
+
+
 def test_shell_commands_use_the_constraints() -> None:
     commands = [command for command in blocks("bash", README) if "venv" in command]
     assert len(commands) == 2
@@ -107,10 +119,12 @@ def anchors(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", LINKING, ids=named)
-def test_relative_links_lead_to_files_and_headings(path: Path) -> None:
+def test_links_lead_to_files_and_headings(path: Path) -> None:
     text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     dead = []
-    for link in re.findall(r"\]\((?!https?://)([^)\s]+)\)", text):
+    for link in links(text.replace(SHOWN, "")):
+        if link.startswith(("https://", "http://")):
+            continue
         file, _, anchor = link.partition("#")
         target = (path.parent / file).resolve() if file else path
         if not target.exists() or (anchor and anchor not in anchors(target)):

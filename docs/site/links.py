@@ -1,6 +1,7 @@
-"""The README is the site's first page, and links work on GitHub and on the site alike.
+"""The README is the site's first page, and links work on GitHub, on a package index and on the site alike.
 
-A hook of mkdocs. Pages link to files as they lie in the repository; what lies outside of ``docs`` is shown by GitHub.
+A hook of mkdocs. Pages link to files as they lie in the repository, the README to where GitHub shows them; what lies
+outside of ``docs`` is shown by GitHub here too.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: object) -> str:
-    """Turn links around: those of the README, and those that leave ``docs``."""
-    folder = "" if page.file.src_uri == "index.md" else posixpath.join("docs", posixpath.dirname(page.file.src_uri))
+    """Turn links around: those of the README to ``docs``, and those of other pages that leave it."""
+    shown = f"{config.repo_url}/blob/main/"
+    if page.file.src_uri == "index.md":
+        return markdown.replace(f"{shown}docs/", "")
+    folder = posixpath.join("docs", posixpath.dirname(page.file.src_uri))
 
     def turned(match: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(folder, match[1]))
-        if target.startswith("docs/"):
-            return posixpath.relpath(target, folder or ".").removeprefix("docs/")
-        return f"{config.repo_url}/blob/main/{target}"
+        return match[1] if target.startswith("docs/") else f"{shown}{target}"
 
     parts = CODE.split(markdown)
     parts[::2] = [LINK.sub(turned, part) for part in parts[::2]]

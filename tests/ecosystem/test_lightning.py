@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,14 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from stac_optimizer import STAC, last_layers, named
 from tests.ecosystem.by_hand import train
-from tests.ecosystem.pages import continued, named_state, run
+from tests.ecosystem.pages import block, continued, named_state, run
 from tests.support import assert_same_bits
 
 
@@ -116,6 +119,29 @@ def test_clipping_and_fused_go_together(tmp_path: Path) -> None:
         fitted(model, tmp_path, gradient_clip_val=0.1, max_epochs=1)
     for name, weight in fused.backbone.state_dict().items():
         torch.testing.assert_close(weight, plain.backbone.state_dict()[name])
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_clipping_under_a_scaler_is_refused_where_the_step_takes_over_the_scale(fused: bool) -> None:
+    """By Lightning, which clips unscaled gradients alone."""
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    refusal = pytest.raises(RuntimeError, match="performs unscaling of gradients internally")
+    with refusal if fused else nullcontext():
+        precision.clip_gradients(STAC(Net(), fused=fused), 1.0)
+
+
+@pytest.mark.parametrize("kill_after", [7, 14, 20], ids=["frozen", "unfrozen", "after-that"])
+def test_backbone_finetuning_that_is_told_the_role_goes_on_to_the_bit(kill_after: int, tmp_path: Path) -> None:
+    (own,) = re.findall(r"^class Unfreeze.*?\n\n\n", block("finetuning"), flags=re.MULTILINE | re.DOTALL)
+    recipe = {"STAC(self, **recipes.finetuning(lr=1e-3), include_frozen=True)": "STAC(self, lr=1e-3)"}
+    change = {own: block("backbone") + "\n\n", "Unfreeze()": "Unfreeze(2)", **recipe}
+    whole, again = continued("finetuning", tmp_path, kill_after, change)
+    assert_same_bits(again.model.state_dict(), whole.model.state_dict())
+    assert_same_bits(named_state(again.optimizer), named_state(whole.optimizer))
+    cap, trunk = whole.optimizer.param_groups
+    assert (cap["stac_role"], trunk["stac_role"]) == ("cap", "trunk")
+    assert trunk["lr"] == pytest.approx(2 * 0.1 * cap["lr"])  # a tenth of the head's, doubled in the next epoch
+    assert whole.optimizer.partition.trunk_layer_names == ("backbone.0", "backbone.2")
 
 
 def test_backbone_finetuning_is_refused_and_told_what_to_build(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import Trainer, TrainingArguments
 
 from stac_optimizer import STAC, embeddings, last_layers, recipes, vectors
@@ -36,6 +37,22 @@ def test_killed_run_goes_on_to_the_bit(tmp_path: Path) -> None:
     assert_same_bits(named_state(again.optimizer), named_state(whole.optimizer))
     assert log(whole, "learning_rate")[:3] == pytest.approx([0.0, 5e-4, 1e-3])  # the trunk's, in its warm-up
     assert min(log(whole, "grad_norm")) > 0.1
+
+
+def test_step_sees_clipped_gradients(tmp_path: Path) -> None:
+    norms: list[torch.Tensor] = []
+
+    def measure(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(torch.nn.utils.get_total_norm(grads))
+
+    handle = register_optimizer_step_pre_hook(measure)
+    try:
+        done = run_with(tmp_path, **{"    max_grad_norm=1.0,\n": "    max_grad_norm=0.05,\n"})
+    finally:
+        handle.remove()
+    assert min(log(done, "grad_norm")) > 0.1  # as it was before
+    assert torch.stack(norms).tolist() == pytest.approx([0.05] * 9, rel=1e-4)
 
 
 def test_class_and_the_model_among_its_arguments_are_the_same_run(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_html_shows_the_cells_of_the_text_and_unfolds_names() -> None:
     rows = Cells(partition._repr_html_()).rows
     text = [line.split() for line in str(partition).splitlines() if not line.startswith("---")]
     assert [len(row) for row in rows] == [len(rows[0])] * len(text)
-    assert rows[1][0].split() == ["{0-2}.attention", "(3", "layers)", *(f"{n}.attention" for n in range(3))]
+    assert rows[1][0].split() == ["{0-2}.attention", "×", "3", *(f"{n}.attention" for n in range(3))]
     for shown, line in zip(rows[1:], text[1:], strict=True):
         amounts = "".join(shown[3:]).split()
         assert amounts == line[-len(amounts) :]

@@ -12,6 +12,8 @@ __all__ = ["as_html"]
 # Translucent, so that they serve on light and dark pages.
 COLOURS = {"trunk": "rgba(66, 133, 244, 0.18)", "cap": "rgba(251, 140, 0, 0.22)", "all": "transparent"}
 WORDS = 3  # columns of words come first, then numbers
+# A line a row, which wide tables scroll for; what is unfolded stands below the others' line.
+CELL = "padding: 2px 8px; vertical-align: top; white-space: nowrap; text-align: {}"
 
 
 def as_html(table: Table) -> str:
@@ -21,7 +23,8 @@ def as_html(table: Table) -> str:
     totals = "".join(map(_row, table.totals))
     moved = f"<p>{escape(table.moved)}</p>" if table.moved else ""
     return (
-        f'<div style="overflow-x: auto"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody>'
+        f'<div style="overflow-x: auto"><table style="border-collapse: collapse"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{rows}</tbody>"
         f'<tfoot style="border-top: 1px solid">{totals}</tfoot></table>{moved}</div>'
     )
 
@@ -38,9 +41,9 @@ def _name(name: str, names: Iterable[str]) -> str:
     if len(names) < 2:
         return _cell(name, 0)
     inner = "<br>".join(map(escape, names))
-    summary = f"<summary>{escape(name)} ({len(names)} layers)</summary>"
-    return f'<td style="text-align: left"><details>{summary}{inner}</details></td>'
+    summary = f'<summary style="cursor: pointer">{escape(name)} × {len(names)}</summary>'
+    return f'<td style="{CELL.format("left")}"><details>{summary}{inner}</details></td>'
 
 
 def _cell(text: str, place: int, tag: str = "td") -> str:
-    return f'<{tag} style="text-align: {"left" if place < WORDS else "right"}">{escape(text)}</{tag}>'
+    return f'<{tag} style="{CELL.format("left" if place < WORDS else "right")}">{escape(text)}</{tag}>'
