@@ -17,7 +17,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-__all__ = ["Report", "Result", "describe_machine", "draw_bars", "format_table", "write_json"]
+__all__ = ["Busy", "Report", "Result", "describe_machine", "draw_bars", "format_table", "write_json"]
 
 PACKAGES = (
     "stac-optimizer",
@@ -39,6 +39,23 @@ LONGEST_BAR = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
+class Busy:
+    """What one contestant's step costs beside spinning processes.
+
+    Attributes:
+        steps: how many were timed.
+        step_ms: the median of those steps.
+        step_ms_quartiles: the lower and the upper quartile.
+        ratio: ``step_ms`` by that of the same contestant without the processes.
+    """
+
+    steps: int
+    step_ms: float
+    step_ms_quartiles: tuple[float, float]
+    ratio: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """What one contestant's step costs.
 
@@ -57,6 +74,7 @@ class Result:
         state_bytes_per_weight: what the optimizer keeps between steps, counters too.
         peak_transient_bytes: the most that a step holds at once beyond what was there before it.
         first_step_s: time of the first step, which makes the state and compiles what is compiled.
+        busy: the same beside spinning processes, where asked for.
     """
 
     name: str
@@ -72,6 +90,7 @@ class Result:
     state_bytes_per_weight: float
     peak_transient_bytes: int
     first_step_s: float
+    busy: Busy | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +107,7 @@ class Report:
         in_place_gb_per_s: bytes that a large operation in place reads and writes, by its median time.
         results: one per contestant, in the order of the table of contestants.
         left_out: the reason by contestant.
+        busy_processes: how many spun beside the busy steps, where asked for.
         command: that gave this report.
         machine: what it ran on, as ``describe_machine`` says.
     """
@@ -101,6 +121,7 @@ class Report:
     in_place_gb_per_s: float
     results: tuple[Result, ...]
     left_out: dict[str, str]
+    busy_processes: int | None
     command: str
     machine: dict[str, Any]
 
@@ -149,6 +170,18 @@ def memory_gib() -> float | None:
         return None
 
 
+def of_busy(write: Callable[[Busy], str]) -> Callable[[Result], str]:
+    """Return a function that writes a value of the busy steps."""
+    return lambda result: write(result.busy) if result.busy else ""
+
+
+BUSY_COLUMNS = (
+    ("busy ms", 11, of_busy(lambda busy: f"{busy.step_ms:.3f}")),
+    ("x quiet", 9, of_busy(lambda busy: f"{busy.ratio:.2f}")),
+    ("busy steps", 12, of_busy(lambda busy: str(busy.steps))),
+)
+
+
 def format_table(report: Report) -> str:
     """Return the results, one line each under a heading, and who was left out and why."""
     width = 2 + max(len(result.name) for result in report.results)
@@ -156,6 +189,7 @@ def format_table(report: Report) -> str:
     columns: tuple[tuple[str, int, Callable[[Result], str]], ...] = (
         ("ms", 10, lambda result: f"{result.step_ms:.3f}"),
         ("x AdamW", 9, lambda result: f"{result.ratio:.3f}"),
+        *(BUSY_COLUMNS if report.busy_processes else ()),
         ("ns/weight", 11, lambda result: f"{result.ns_per_weight:.3f}"),
         ("moves B/w", 11, lambda result: f"{result.bytes_per_weight:.2f}"),
         ("of copy", 9, lambda result: f"{result.copy_share:.1%}"),
@@ -172,6 +206,7 @@ def format_table(report: Report) -> str:
         f"torch {report.machine['versions']['torch']}",
         report.machine["date"],
         f"load average at the start {load[0]:.2f}" if load else "load unknown",
+        *([f"busy: beside {report.busy_processes} processes that spin"] if report.busy_processes else []),
     )
     lines = [
         str(report),
@@ -200,6 +235,8 @@ def draw_bars(report: Report, path: Path) -> None:
         color = COLORS.get(result.name.split()[0], COLORS[""])
         length = min(result.step_ms, longest)
         axes.barh(place, length, color=color)
+        if result.busy:
+            axes.barh(place, min(result.busy.step_ms, longest), color=color, alpha=0.3)
         limit = result.in_place_share * result.step_ms
         axes.plot(
             [limit, limit],
@@ -210,17 +247,29 @@ def draw_bars(report: Report, path: Path) -> None:
         if result.step_ms <= longest:
             axes.plot(result.step_ms_quartiles, [place, place], color="black", linewidth=4, alpha=0.35)
         cut = "" if result.step_ms <= longest else " (bar cut)"
-        text = f" {result.step_ms:,.{0 if result.step_ms >= 1000 else 1}f} ms, {result.ratio:.3g} x AdamW{cut}"
-        axes.text(min(longest, max(limit, result.step_ms_quartiles[1])), place, text, va="center", fontsize=8)
+        text = f" {milliseconds(result.step_ms)}, {result.ratio:.3g} x AdamW{cut}"
+        end = max(limit, result.step_ms_quartiles[1])
+        if result.busy:
+            text += f"; busy {milliseconds(result.busy.step_ms)}, {result.busy.ratio:.3g} x quiet"
+            end = max(end, result.busy.step_ms)
+        axes.text(min(longest, end), place, text, va="center", fontsize=8)
     axes.set_yticks(range(len(report.results)), [result.name for result in report.results])
     axes.set_ylim(len(report.results) - 0.4, -0.6)
-    axes.set_xlim(0, 1.5 * longest)
-    axes.set_xlabel("milliseconds a step: median, and as a band the quartiles")
+    axes.set_xlim(0, (2 if report.busy_processes else 1.5) * longest)
+    lighter = (
+        f"; lighter, maybe cut: beside {report.busy_processes} processes that spin" if report.busy_processes else ""
+    )
+    axes.set_xlabel(f"milliseconds a step: median, and as a band the quartiles{lighter}")
     axes.set_title(f"{report}\n{report.machine['gpu'] or report.machine['cpu']}, {report.machine['date']}", fontsize=9)
     axes.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside lower right", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+
+
+def milliseconds(number: float) -> str:
+    """Return it with no more digits than matter beside a bar."""
+    return f"{number:,.{0 if number >= 1000 else 1}f} ms"
 
 
 def cut_length(results: Sequence[Result]) -> float:

@@ -13,14 +13,17 @@ outdoes the copy there.
 
 The first step makes state and compiles what is compiled; compilations that inductor's cache on disk or an earlier
 contestant of the same run already holds are cheap. The second tells the memory: on CUDA by the allocator's statistics,
-on the CPU by replaying all that torch's profiler saw allocated and freed, wherever in torch that was.
+on the CPU by replaying what torch's profiler saw allocated and freed, in the thread that steps and in tasks of the
+thread pools that the step gives work to.
+
+``--busy 4`` times all once more, with four processes beside that do nothing but keep the cores busy, as workers that
+load data do: a third of the rounds and of the budget, for a step may take many times as long. A single step, however
+long, is waited for. The report then tells for each contestant how many times its own quiet time that took.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-import os
 import random
 import shlex
 import signal
@@ -28,19 +31,22 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch.autograd.profiler import profile
 from tqdm import tqdm
 
+from benchmark_busy import spinning
 from benchmark_contestants import BASELINE, CONTESTANTS, Contestant, LeftOutError
 from benchmark_family import FAMILY
-from benchmark_report import Report, Result, describe_machine, draw_bars, format_table, write_json
+from benchmark_memory import held_tensors, transient_bytes_of
+from benchmark_report import Busy, Report, Result, describe_machine, draw_bars, format_table, write_json
 from benchmark_shapes import SHAPES, Workload
-from command_line import Parser, at_least_one, not_negative, output_folder, positive, usable_device
+from command_line import Parser, at_least_one, not_negative, output_folder, positive, usable_device, whole_number
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # More than any cache holds, in float32.
@@ -58,39 +64,24 @@ def seconds_of(function: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def transient_bytes_of(function: Callable[[], object], device: torch.device) -> int:
-    """Return the most that the function holds at once of what it allocates itself."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        function()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    # The profiler tells standard error when it starts and stops, unless this is set before its first use.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    # Not torch.profiler's class around it, which spends seconds on statistics that nobody asks for here.
-    with profile(profile_memory=True) as record:
-        function()
-    events = record.kineto_results.events() if record.kineto_results else []
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    return int(max(itertools.accumulate((size for _, size in changes), initial=0)))
+class Effort(NamedTuple):
+    """How much is asked of each contestant: steps to warm up, timed steps, and the seconds that are enough."""
+
+    warmup: int
+    steps: int
+    budget: float
+
+    def beside_others(self) -> Effort:
+        """Return less, for steps that may take many times as long."""
+        return Effort(min(self.warmup, 1), math.ceil(self.steps / 3), self.budget / 3)
 
 
-def held_tensors(value: object) -> Iterator[Tensor]:
-    """Find the tensors in an optimizer's state: in containers, in objects of its own and in tensor subclasses."""
-    parts: Sequence[object] = ()
-    if hasattr(value, "__tensor_flatten__"):
-        parts = [getattr(value, name) for name in value.__tensor_flatten__()[0]]
-    elif isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        parts = list(value.values())
-    elif isinstance(value, (list, tuple)):
-        parts = value
-    elif hasattr(value, "__dict__"):
-        parts = list(vars(value).values())
-    for part in parts:
-        yield from held_tensors(part)
+@dataclass
+class Clock:
+    """What one contestant took under one load."""
+
+    spent: float = 0.0
+    seconds: list[float] = field(default_factory=list)
 
 
 class Racer:
@@ -102,8 +93,8 @@ class Racer:
         self.optimizer = contestant.build(workload)
         self.first_seconds = math.nan
         self.peak_transient_bytes = 0
-        self.spent = 0.0
-        self.seconds: list[float] = []
+        self.quiet = Clock()
+        self.busy = Clock()
 
     def take_first_steps(self) -> None:
         """Take the step that makes the state and compiles, and the one that tells the memory."""
@@ -112,15 +103,15 @@ class Racer:
         self.workload.give_gradients()
         begin = time.perf_counter()
         self.peak_transient_bytes = transient_bytes_of(self.optimizer.step, self.workload.device)
-        self.spent = time.perf_counter() - begin
+        self.quiet.spent = time.perf_counter() - begin
 
-    def step(self, *, timed: bool) -> None:
+    def step(self, clock: Clock, *, timed: bool) -> None:
         """Take one step, timed or to warm up."""
         self.workload.give_gradients()
         taken = seconds_of(self.optimizer.step, self.workload.device)
-        self.spent += taken
+        clock.spent += taken
         if timed:
-            self.seconds.append(taken)
+            clock.seconds.append(taken)
 
     def result(self, baseline_ms: float, copy_speed: float, in_place_speed: float) -> Result:
         """Return what the timed steps cost; speeds in bytes a second."""
@@ -133,11 +124,11 @@ class Racer:
         }
         state_bytes = sum(storages.values())
         moved_bytes = sum(3 * param.nbytes for param in params) + 2 * state_bytes
-        lower, median, upper = quartiles(self.seconds)
+        lower, median, upper = quartiles(self.quiet.seconds)
         return Result(
             name=self.name,
             weights=weights,
-            steps=len(self.seconds),
+            steps=len(self.quiet.seconds),
             step_ms=1e3 * median,
             step_ms_quartiles=(1e3 * lower, 1e3 * upper),
             ratio=1e3 * median / baseline_ms,
@@ -148,6 +139,17 @@ class Racer:
             state_bytes_per_weight=state_bytes / weights,
             peak_transient_bytes=self.peak_transient_bytes,
             first_step_s=self.first_seconds,
+            busy=self.busy_result(median) if self.busy.seconds else None,
+        )
+
+    def busy_result(self, quiet_median: float) -> Busy:
+        """Return what the steps beside spinning processes cost."""
+        lower, median, upper = quartiles(self.busy.seconds)
+        return Busy(
+            steps=len(self.busy.seconds),
+            step_ms=1e3 * median,
+            step_ms_quartiles=(1e3 * lower, 1e3 * upper),
+            ratio=median / quiet_median,
         )
 
 
@@ -200,9 +202,9 @@ def enter(contestants: Sequence[Contestant], workload: Workload, *, limit: float
 
 
 def race(
-    racers: Sequence[Racer], device: torch.device, *, warmup: int, steps: int, budget: float
+    racers: Sequence[Racer], device: torch.device, effort: Effort, clock: Callable[[Racer], Clock]
 ) -> tuple[float, float]:
-    """Let all take turns, ``budget`` seconds each and at least one timed step.
+    """Let all take turns, timed by this clock: until their budget is spent, and at least one timed step.
 
     Returns:
         The bytes a second that a copy and a negation in place move.
@@ -211,15 +213,17 @@ def race(
     target = torch.zeros_like(source)
     copies, negations = [], []
     order = random.Random(0)
-    for turn in tqdm(range(-warmup, steps), desc="rounds", disable=None):
+    for turn in tqdm(range(-effort.warmup, effort.steps), desc="rounds", disable=None):
         timed = turn >= 0
         copies.append(seconds_of(lambda: target.copy_(source), device))
         negations.append(seconds_of(source.neg_, device))
         for racer in order.sample(racers, len(racers)):
-            if racer.spent < budget or (timed and not racer.seconds):
-                racer.step(timed=timed)
+            own = clock(racer)
+            if own.spent < effort.budget or (timed and not own.seconds):
+                racer.step(own, timed=timed)
     moved = 2 * source.nbytes
-    return moved / statistics.median(copies[warmup:]), moved / statistics.median(negations[warmup:])
+    copy_seconds, in_place_seconds = (statistics.median(times[effort.warmup :]) for times in (copies, negations))
+    return moved / copy_seconds, moved / in_place_seconds
 
 
 def main(argv: Sequence[str] | None = None) -> Report:
@@ -245,6 +249,9 @@ def main(argv: Sequence[str] | None = None) -> Report:
         "--family", action="store_true", help="the classes of stac_optimizer.optim beside the packages they come from"
     )
     parser.add_argument(
+        "--busy", type=whole_number(1, 1024), metavar="N", help="then once more, beside so many spinning processes"
+    )
+    parser.add_argument(
         "--out", type=output_folder, default="benchmark", help="folder to write to (default: %(default)s)"
     )
     options = parser.parse_args(argv)
@@ -256,9 +263,13 @@ def main(argv: Sequence[str] | None = None) -> Report:
     table = [*CONTESTANTS[:1], *FAMILY] if options.family else CONTESTANTS
     chosen = [one for one in table if one.name == BASELINE or any(part in one.name for part in parts)]
     racers, left_out = enter(chosen, workload, limit=options.patience)
-    copy_speed, in_place_speed = race(racers, device, warmup=options.warmup, steps=options.steps, budget=options.budget)
+    effort = Effort(options.warmup, options.steps, options.budget)
+    copy_speed, in_place_speed = race(racers, device, effort, attrgetter("quiet"))
+    if options.busy:
+        with spinning(options.busy):
+            race(racers, device, effort.beside_others(), attrgetter("busy"))
     baseline = next(racer for racer in racers if racer.name == BASELINE)
-    baseline_ms = 1e3 * statistics.median(baseline.seconds)
+    baseline_ms = 1e3 * statistics.median(baseline.quiet.seconds)
     report = Report(
         shapes=options.shapes,
         tensors=len(workload.parameters),
@@ -269,11 +280,13 @@ def main(argv: Sequence[str] | None = None) -> Report:
         in_place_gb_per_s=in_place_speed / 1e9,
         results=tuple(racer.result(baseline_ms, copy_speed, in_place_speed) for racer in racers),
         left_out=left_out,
+        busy_processes=options.busy,
         command=shlex.join(["python", "examples/benchmark_step.py", *(sys.argv[1:] if argv is None else argv)]),
         machine=machine,
     )
     print(format_table(report))
     stem = f"{'family-' if options.family else ''}{options.shapes}-{options.dtype}-{device.type}"
+    stem += f"-busy{options.busy}" if options.busy else ""
     write_json(report, options.out / f"{stem}.json")
     draw_bars(report, options.out / f"{stem}.png")
     print(f"written: {options.out / stem}.json and .png")

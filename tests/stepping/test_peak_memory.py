@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmark_step import transient_bytes_of
+from benchmark_memory import transient_bytes_of
 from stac_optimizer import STAC
 from stac_optimizer.optim import Lion
 
