@@ -100,8 +100,11 @@ def parameter_state(optimizer: STAC, model: nn.Module, name: str) -> dict[str, A
     return state
 
 
-def set_units(monkeypatch: pytest.MonkeyPatch, *, block: int = 1 << 40, pack: int = 0) -> None:
-    """Set the units of work on the CPU; by default every tensor is one."""
+def set_units(monkeypatch: pytest.MonkeyPatch, *, block: int = 1 << 40, pack: int = 0, shared: bool = False) -> None:
+    """Set the units of work on the CPU; by default every tensor is one, and the calling thread does all."""
     monkeypatch.setattr(cutting, "BLOCK_NUMEL", block)
     monkeypatch.setattr(cutting, "CODED_NUMEL", block)
     monkeypatch.setattr(cutting, "PACK_NUMEL", pack)
+    monkeypatch.setattr(cutting, "SHARED_NUMEL", 1 if shared else 1 << 40)
+    monkeypatch.setattr(cutting, "LEAST_NUMEL", block)
+    torch.set_num_threads(3 if shared else 1)  # conftest.py puts back one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -17,12 +18,13 @@ __all__ = ["STEPS", "UNITS", "Held", "as_array", "assert_equal_under_units", "as
 
 STEPS = 7
 
-# Blocks that cut even the test tensors, with a rest; packs of several tensors, with a rest; both.
-UNITS: Mapping[str, Mapping[str, int]] = {
+# Blocks that cut even the test tensors, with a rest; packs of several tensors, with a rest; both; over threads.
+UNITS: Mapping[str, Mapping[str, Any]] = {
     "whole": {},
     "cut": {"block": 7},
     "packed": {"pack": 1000},
     "cut-and-packed": {"block": 10, "pack": 10},
+    "shared": {"block": 7, "pack": 4, "shared": True},
 }
 
 Held = tuple[Mapping[str, nn.Parameter], RuleOptimizer]
@@ -49,7 +51,7 @@ def run(optimizer: RuleOptimizer, params: Mapping[str, Tensor], steps: int = STE
 
 
 def assert_equal_under_units(
-    expected: Held, others: Sequence[tuple[str, Mapping[str, int], Held]], monkeypatch: pytest.MonkeyPatch
+    expected: Held, others: Sequence[tuple[str, Mapping[str, Any], Held]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That optimizers, each under units of its own, step as the first one under the default ones of :func:`set_units`.
 

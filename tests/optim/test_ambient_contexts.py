@@ -122,7 +122,11 @@ FLAGS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "finite": (torch.float32, {"error_if_nonfinite": True, "amsgrad": True}),
     "tensor-lr": (torch.float32, {"lr": torch.tensor(0.01)}),
 }
-PATHS = [pytest.param({"foreach": False}, id="single"), pytest.param({"fused": True}, id="fused")]
+PATHS = [
+    pytest.param({"foreach": False}, False, id="single"),
+    pytest.param({"foreach": False}, True, id="shared"),
+    pytest.param({"fused": True}, False, id="fused"),
+]
 
 
 def run(within: Context, dtype: torch.dtype, *, constructs: bool, **arguments: Any) -> Any:
@@ -142,12 +146,18 @@ OF_FLAGS = ("autocast-bfloat16", "dtype-float64", "device-meta", "inference", "e
 
 
 @pytest.mark.parametrize("context", [CONTEXTS[name] for name in OF_FLAGS], ids=OF_FLAGS)
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("path", "is_shared"), PATHS)
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=list(FLAGS))
 def test_every_flag_steps_the_same_inside(
-    flags: tuple[torch.dtype, dict[str, Any]], path: dict[str, Any], context: Context
+    flags: tuple[torch.dtype, dict[str, Any]],
+    path: dict[str, Any],
+    is_shared: bool,
+    context: Context,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     dtype, arguments = flags
+    if is_shared:
+        set_units(monkeypatch, block=100, pack=10, shared=True)
     expected = run(nullcontext, dtype, constructs=False, **path, **arguments)
     assert_same_bits(run(context, dtype, constructs=False, **path, **arguments), expected)
     assert_same_bits(run(context, dtype, constructs=True, **path, **arguments), expected, "constructed inside")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmark_step import transient_bytes_of
+from benchmark_memory import transient_bytes_of
 from stac_optimizer.optim import Muon
 from stac_optimizer.optim.muon import matrices
 from stac_optimizer.optim.muon.newton_schulz import signs_of_stack

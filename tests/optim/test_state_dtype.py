@@ -138,7 +138,7 @@ def test_update_matches_float64_reference(kind: torch.dtype, case: RuleCase, dty
     assert left_out <= 0.001 * compared
 
 
-UNITS = [{}, {"block": 256}, {"block": 50}, {"block": 1000, "pack": 100}]
+UNITS = [{}, {"block": 256}, {"block": 50, "shared": True}, {"block": 1000, "pack": 100}]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 
 import pytest
 import torch
@@ -13,10 +14,15 @@ from stac_optimizer.tensors.pieces import Lists, Piece
 from stac_optimizer.tensors.scratch import Scratch
 from tests.support import assert_same_bits, set_units
 
+LARGE = 1 << 40
 
-def numels(lists: Lists, *, cut: bool = True) -> list[tuple[tuple[int, ...], list[int]]]:
+
+def numels(lists: Lists, *, numel: int | None = None) -> list[tuple[tuple[int, ...], list[int]]]:
     """For each unit the sizes that are packed in it, and the elements of each piece."""
-    return [(unit.sizes, [piece.tensors.param.numel() for piece in unit.pieces]) for unit in units(lists, cut=cut)]
+    return [
+        (unit.sizes, [piece.tensors.param.numel() for part in unit.parts for piece in part])
+        for unit in units(lists, numel=numel)
+    ]
 
 
 def write_index(piece: Piece) -> None:
@@ -41,18 +47,18 @@ def test_large_tensors_are_cut_and_small_ones_packed(monkeypatch: pytest.MonkeyP
     params[4] = params[4].t()
     grads = [torch.ones_like(param) for param in params]
     assert numels(Lists(params, grads)) == [((), [15, 15, 15, 15]), ((), [15, 5]), ((7, 1, 0, 8), [16])]
-    assert numels(Lists(params, grads), cut=False) == [((), [60]), ((), [20]), ((7, 1, 0, 8), [16])]
+    assert numels(Lists(params, grads), numel=LARGE) == [((), [60]), ((), [20]), ((7, 1, 0, 8), [16])]
     for unit in units(Lists(params, grads)):
-        for piece in unit.pieces:
+        for piece in chain.from_iterable(unit.parts):
             piece.tensors.param.add_(1)
     for param, shape in zip(params, sizes.values(), strict=True):
         assert sorted(param.flatten().tolist()) == [1.0 + i for i in range(math.prod(shape))]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("cut", [True, False])
+@pytest.mark.parametrize("numel", [None, LARGE])
 def test_tensors_of_mixed_layouts_are_sliced_and_each_piece_knows_its_elements(
-    cut: bool, monkeypatch: pytest.MonkeyPatch
+    numel: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_units(monkeypatch, block=20)
     channels_last = torch.zeros(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
@@ -63,9 +69,9 @@ def test_tensors_of_mixed_layouts_are_sliced_and_each_piece_knows_its_elements(
         (wide, wide),
     ):
         found = torch.full_like(param, -1)
-        (unit,) = units(Lists([found], [other]), cut=cut)
-        for piece in unit.pieces:
-            assert piece.tensors.param.numel() <= 20 or (other is wide and not cut)
+        (unit,) = units(Lists([found], [other]), numel=numel)
+        for piece in chain.from_iterable(unit.parts):
+            assert piece.tensors.param.numel() <= (numel or 20)
             write_index(piece)
         assert_same_bits(found, memory_order(param).to(found.dtype))
 
@@ -89,9 +95,9 @@ def test_buckets_hold_all_pieces_in_lists_of_about_a_block(monkeypatch: pytest.M
 @torch.no_grad()
 @pytest.mark.parametrize("shape", [(3, 128), (2, 300), (5, 64), (2, 3, 70), (1, 1000)], ids=str)
 @pytest.mark.parametrize("is_contiguous", [True, False])
-@pytest.mark.parametrize("cut", [True, False])
+@pytest.mark.parametrize("numel", [None, LARGE])
 def test_pieces_in_codes_are_whole_blocks(
-    shape: tuple[int, ...], is_contiguous: bool, cut: bool, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...], is_contiguous: bool, numel: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each is written once, with its scale and its index, whatever the layout."""
     set_units(monkeypatch, block=256)
@@ -101,8 +107,8 @@ def test_pieces_in_codes_are_whole_blocks(
     columns = math.prod(shape[1:])
     blocks = -(-columns // 128)
     codes, scale = torch.zeros(shape, dtype=torch.int8), torch.zeros(shape[0], blocks)
-    (unit,) = units(Lists([param], [torch.zeros(shape)], [[codes]], [scale]), cut=cut)
-    for piece in unit.pieces:
+    (unit,) = units(Lists([param], [torch.zeros(shape)], [[codes]], [scale]), numel=numel)
+    for piece in chain.from_iterable(unit.parts):
         write_index(piece)
         weight, _, (piece_codes,), piece_scale = piece.tensors
         assert piece_scale is not None
@@ -127,7 +133,7 @@ def test_empty_weight_in_codes_has_no_pieces() -> None:
     for enabled in (False, True):
         with torch.set_grad_enabled(enabled):
             (unit,) = units(lists)
-            assert list(unit.pieces) == []
+            assert list(chain.from_iterable(unit.parts)) == []
 
 
 class Subclass(Tensor):

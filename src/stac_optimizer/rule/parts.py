@@ -14,7 +14,7 @@ from stac_optimizer.rule.moments import known_counts
 from stac_optimizer.tensors.cutting import block_numel, filled, rows, units
 from stac_optimizer.tensors.pieces import Lists, Piece, Unit, is_recorded
 
-__all__ = ["Part", "cut_parts", "in_one_part", "row_parts", "together", "whole_parts"]
+__all__ = ["Part", "cut_in_turns", "cut_parts", "in_one_part", "row_parts", "together", "whole_parts"]
 
 # So many sharded parameters for each rank are dealt out at once: enough that their different sizes even out. Of plain
 # ones, of which each rank has all in memory, one.
@@ -49,7 +49,22 @@ def row_parts(lists: Lists, indices: Sequence[int]) -> Iterator[Part]:
 
 
 def cut_parts(lists: Lists, indices: Sequence[int], inputs: StepInputs) -> Iterator[Part]:
-    """Blocks and packs; what is in one pack has taken as many steps."""
+    """Blocks and packs."""
+    for parts in cut_in_turns(lists, indices, inputs):
+        yield from parts
+
+
+def cut_in_turns(
+    lists: Lists, indices: Sequence[int], inputs: StepInputs, numel: int | None = None
+) -> Iterator[Iterator[Part]]:
+    """The same, in what one thread goes through; what is in one pack has taken as many steps.
+
+    Args:
+        lists: of the parameters.
+        indices: the places of those to cut.
+        inputs: of the step.
+        numel: the most elements of a block, by default those of the device.
+    """
     steps = [inputs.states["step"][index] for index in indices]
     by_step: dict[float, list[int]] = {}
     is_told = steps and lists.params[indices[0]].is_cpu and not is_recorded()
@@ -57,9 +72,15 @@ def cut_parts(lists: Lists, indices: Sequence[int], inputs: StepInputs) -> Itera
     for index, count in zip(indices, counts or [0.0] * len(steps), strict=True):
         by_step.setdefault(count, []).append(index)
     for some in by_step.values():
-        for unit in units(lists.only(some)):
+        for unit in units(lists.only(some), numel=numel):
             places = Unit((), tuple([some[member] for member in unit.members]), unit.sizes)
-            yield from (Part(piece, places) for piece in unit.pieces)
+            for part in unit.parts:
+                yield _placed(part, places)
+
+
+def _placed(pieces: Iterable[Piece], places: Unit) -> Iterator[Part]:
+    for piece in pieces:
+        yield Part(piece, places)
 
 
 def in_one_part(lists: Lists, indices: Sequence[int]) -> list[int]:

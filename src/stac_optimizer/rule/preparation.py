@@ -7,6 +7,7 @@ gradients, counting, and blocks or lists of bounded memory (Note [Units of work]
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -16,14 +17,17 @@ from stac_optimizer.distributed.dealing import ranks_to_deal_to
 from stac_optimizer.distributed.shards import real_parts, run_offset, which_are_cut
 from stac_optimizer.rule.hyperparameters import Group
 from stac_optimizer.rule.inputs import StateLists, StepInputs, TensorList
-from stac_optimizer.rule.parts import Part, cut_parts, in_one_part, row_parts, together, whole_parts
+from stac_optimizer.rule.parts import Part, cut_in_turns, cut_parts, in_one_part, row_parts, together, whole_parts
 from stac_optimizer.rule.rows import RowSums
 from stac_optimizer.rule.state import count_step_
 from stac_optimizer.rule.wholes import Factors, Norms, Wholes
 from stac_optimizer.tensors import codes, rounding
+from stac_optimizer.tensors.cutting import shares
 from stac_optimizer.tensors.layouts import indices_by_device_and_dtype
 from stac_optimizer.tensors.pieces import Lists, Piece, Tensors
 from stac_optimizer.tensors.precision import arithmetic_dtype, arithmetic_lr, unscaled
+from stac_optimizer.tensors.scratch import Scratch
+from stac_optimizer.tensors.threads import run_all
 
 __all__ = ["Measuring", "step_prepared"]
 
@@ -74,8 +78,8 @@ def step_prepared(
         is_whole: whether it must get whole parameters.
         is_dealt: whether ranks share out what it computes of them, so that several must be at hand at once.
     """
-    shares = inputs.group.get("share_work", False)
-    ranks = ranks_to_deal_to(inputs.params, shares=shares) if is_dealt else 1
+    shares_work = inputs.group.get("share_work", False)
+    ranks = ranks_to_deal_to(inputs.params, shares=shares_work) if is_dealt else 1
     count_step_(inputs.states["step"], never_stops=inputs.group["stochastic_rounding"] or SCALE in inputs.states)
     keys = [key for key in inputs.states if key not in ("step", SCALE, *numbers)]
     lists = Lists(
@@ -89,11 +93,20 @@ def step_prepared(
     for indices in indices_by_device_and_dtype(lists.flat()):
         group = {**inputs.group, "lr": _prepared_lr(inputs.group["lr"], lists.params[indices[0]].device)}
         task = _Task(inputs, group, keys, lists, seeds, measuring, is_whole, ranks)
-        if measuring is None:
+        shared = shares(lists.only(indices).flat())
+        if measuring is not None:
+            _update_measured(task, indices, measuring, update)
+        elif shared.threads > 1 and not is_whole:
+            turns = cut_in_turns(lists, indices, inputs, shared.numel)
+            run_all([partial(_update_in_turn, task, parts, update) for parts in turns], shared.threads)
+        else:
             for work in task.works(indices):
                 work.update(update)
-        else:
-            _update_measured(task, indices, measuring, update)
+
+
+def _update_in_turn(task: _Task, parts: Iterable[Part], update: Update, scratch: Scratch) -> None:
+    for part in parts:
+        _Work(task, [part], on_copies=False).update(update)
 
 
 def _update_measured(task: _Task, indices: Sequence[int], measuring: Measuring, update: Update) -> None:

@@ -9,37 +9,44 @@ from torch import Tensor
 from stac_optimizer.tensors import codes
 from stac_optimizer.tensors.pieces import Piece, Tensors, Unit, copy_back
 
-__all__ = ["CodedPieces"]
+__all__ = ["CodedRows", "coded_parts"]
 
 
-class CodedPieces:
-    """The pieces of such a parameter: three dimensions, the last that of a block of codes.
+def coded_parts(tensors: Tensors, numel: int) -> list[CodedRows]:
+    """Cut such a parameter into rows of so many elements, more or less."""
+    rows, columns = codes.matrix_shape(tensors.param)
+    step = max(1, numel // columns)
+    return [CodedRows(tensors, numel, start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+class CodedRows:
+    """The pieces of some rows of such a parameter: three dimensions, the last that of a block of codes.
 
     Args:
         tensors: of the parameter.
         numel: how many elements a piece may have at most, more or less.
+        start: the first row.
+        stop: the row after the last.
     """
 
-    def __init__(self, tensors: Tensors, numel: int) -> None:
+    def __init__(self, tensors: Tensors, numel: int, start: int, stop: int) -> None:
         assert tensors.scale is not None
-        self.tensors, self.scale = tensors, tensors.scale
-        self.rows, self.columns = codes.matrix_shape(tensors.param)
-        self.numel = numel
+        self.tensors, self.scale, self.numel, self.start, self.stop = tensors, tensors.scale, numel, start, stop
+        self.columns = codes.matrix_shape(tensors.param)[1]
 
     def __iter__(self) -> Iterator[Piece]:
-        step = max(1, self.numel // self.columns)
-        for start in range(0, self.rows, step):
-            pieces, copies = self._cut_rows(start, start + step)
-            yield from pieces
-            copy_back(copies)
+        pieces, copies = self._cut_rows()
+        yield from pieces
+        copy_back(copies)
 
     def as_recorded(self, index: int) -> Unit:
         """All of the parameter at this position, as one unit that is gone through once."""
-        pieces, copies = self._cut_rows(0, self.rows) if self.rows else ((), ())
-        return Unit(list(pieces), (index,), (), copies)
+        pieces, copies = self._cut_rows() if self.stop else ((), ())
+        return Unit([list(pieces)], (index,), (), copies)
 
-    def _cut_rows(self, start: int, stop: int) -> tuple[Iterable[Piece], Sequence[tuple[Tensor, Tensor]]]:
-        """The pieces of some rows, and what of the rows is worked on in copies."""
+    def _cut_rows(self) -> tuple[Iterable[Piece], Sequence[tuple[Tensor, Tensor]]]:
+        """The pieces, and what of the rows is worked on in copies."""
+        start, stop = self.start, self.stop
         param, grad, *state = [tensor[start:stop] for tensor in self.tensors.flat()]
         # Views where the layout allows, else copies.
         held = Tensors(param.flatten(1), grad.flatten(1), tuple([tensor.flatten(1) for tensor in state]))

@@ -87,15 +87,15 @@ class Unit(NamedTuple):
     """What an update must look at before it writes to any of it, where it depends on a whole parameter.
 
     Args:
-        pieces: may be gone through several times; what was written to a piece is in place once the next is asked for,
-            but for ``copies``.
+        parts: each gives pieces, and may be gone through several times, by any thread; what was written to a piece is
+            in place once the next of its part is asked for, but for ``copies``.
         members: the positions of its parameters in the lists; several for a pack.
         sizes: of a pack, whose one piece is flat, the elements of each parameter in it; else empty.
         copies: tensors, and what was worked on in their place, for :func:`copy_back` once all pieces are done. Only
-            while a step is recorded: dynamo of torch 2.6 goes through all of ``pieces`` before it works on the first.
+            while a step is recorded: dynamo of torch 2.6 goes through all pieces before it works on the first.
     """
 
-    pieces: Iterable[Piece]
+    parts: Sequence[Iterable[Piece]]
     members: tuple[int, ...]
     sizes: tuple[int, ...] = ()
     copies: Sequence[tuple[Tensor, Tensor]] = ()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def units_of_lists(lists: Lists) -> Iterator[Sequence[list[Tensor]]]:
     kinds = range(len(lists.flat()))
     waiting: list[Tensors] = []
     for unit in units(lists):
-        for piece in unit.pieces:
+        for piece in chain.from_iterable(unit.parts):
             if unit.sizes:  # a pack is written back when the next is asked for
                 yield [[tensor] for tensor in piece.tensors.flat()]
             else:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmark_step import transient_bytes_of
+from benchmark_memory import transient_bytes_of
 from stac_optimizer.optim import AdaBelief, AdamP, Adan, AdEMAMix, TAdam
 from stac_optimizer.optimizer import RuleOptimizer
 from tests.optim.adaptive.cases import ADAPTIVE
@@ -174,8 +174,8 @@ def test_adamp_sums_up_rows_that_are_cut(
     gradients = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in range(5)]
     start = torch.randn(shape, generator=torch.Generator().manual_seed(9)).to(dtype)
     weights = []
-    for units in ({}, {"block": 16}, {"pack": 1000}):
-        set_units(monkeypatch, **units)
+    for block, pack in ((1 << 40, 0), (16, 0), (1 << 40, 1000)):
+        set_units(monkeypatch, block=block, pack=pack)
         weights.append(weight_of(run(AdamP, gradients, start=start, delta=3.0, weight_decay=0.1)))
     tolerance = 16 * torch.finfo(dtype).eps
     for weight in weights[1:]:

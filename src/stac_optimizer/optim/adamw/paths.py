@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from stac_optimizer.rule.state import count_step_
 from stac_optimizer.tensors import cutting, rounding
 from stac_optimizer.tensors.layouts import has_layout_of, in_layout_of, is_dense
 from stac_optimizer.tensors.pieces import Piece, Unit, is_recorded
+from stac_optimizer.tensors.scratch import Scratch
+from stac_optimizer.tensors.threads import run_all
 
 __all__ = ["adamw_in_blocks", "fused_adamw", "is_walkable", "rounding_adamw"]
 
@@ -39,11 +42,13 @@ def fused_adamw(work: AdamWUpdate) -> None:
         elif not is_done:
             one = one.in_layout()
             is_shard = ends_elsewhere(one, 0)
-            for block, _ in _blocks(one, cut=not is_shard):
+            blocks = _blocks(one, cut=not is_shard)
+            for block, _ in blocks:
                 _fused_block(
                     block.using(block.weights, [grad.clone() for grad in block.grads], block.averages),
                     is_shard=is_shard,
                 )
+            _count(one, blocks)
 
 
 def is_walkable(weight: Tensor, state: Iterable[Tensor]) -> bool:
@@ -61,29 +66,39 @@ def _fused_block(work: AdamWUpdate, *, is_shard: bool) -> None:
 
 def adamw_in_blocks(work: AdamWUpdate, *, foreach: bool) -> None:
     """Small parameters together, as lists in buckets; large ones block by block, see Note [Units of work]."""
-    numels = [_block_numel(weight) for weight in work.weights]
+    if is_recorded():
+        call_adamw(work, foreach=foreach)
+        return
+    shared = cutting.shares([work.weights, work.grads, *work.averages])
+    numels = [shared.numel or cutting.block_numel(weight) for weight in work.weights]
     small = [index for index, weight in enumerate(work.weights) if weight.numel() <= numels[index]]
+    large = [work.only([index]) for index, weight in enumerate(work.weights) if weight.numel() > numels[index]]
     sizes = [work.weights[index].numel() for index in small]
-    for some in cutting.filled(small, sizes, max(numels)) if foreach else [small]:
-        if some:
-            call_adamw(work.only(some), foreach=foreach)
-    for index, weight in enumerate(work.weights):
-        if weight.numel() > numels[index]:
-            for block, _ in _blocks(work.only([index])):
-                call_adamw(block, foreach=foreach)
+    is_dealt = foreach or shared.threads > 1
+    packs = cutting.filled(small, sizes, max(numels)) if is_dealt else [small]
+    cut = [_blocks(one, shared.numel) for one in large]
+    works = [*(work.only(some) for some in packs if some), *(block for blocks in cut for block, _ in blocks)]
+    run_all([partial(_step, each, foreach=foreach) for each in works], shared.threads)
+    for one, blocks in zip(large, cut, strict=True):
+        _count(one, blocks)
 
 
-def _block_numel(weight: Tensor) -> int:
-    return weight.numel() if is_recorded() else cutting.block_numel(weight)
+def _step(work: AdamWUpdate, scratch: Scratch, *, foreach: bool) -> None:
+    call_adamw(work, foreach=foreach)
 
 
-def _blocks(work: AdamWUpdate, *, cut: bool = True) -> Iterator[tuple[AdamWUpdate, Piece]]:
-    """The blocks of one parameter, without ``cut`` a single one, each to be stepped from the same count of steps."""
+def _blocks(work: AdamWUpdate, numel: int | None = None, *, cut: bool = True) -> list[tuple[AdamWUpdate, Piece]]:
+    """The blocks of one parameter, without ``cut`` a single one; each counts for itself, see :func:`_count`."""
     (step,) = work.steps
-    before = step.clone()
-    for piece in cutting.blocks(work.tensors(), numel=_block_numel(work.weights[0]) if cut else None):
-        step.copy_(before)
-        yield work.on(piece.tensors), piece
+    most = work.weights[0].numel() if is_recorded() else numel or cutting.block_numel(work.weights[0])
+    pieces = cutting.blocks(work.tensors(), numel=most if cut else None)
+    return [(work.on(piece.tensors).counting([step.clone()]), piece) for piece in pieces]
+
+
+def _count(work: AdamWUpdate, blocks: Sequence[tuple[AdamWUpdate, Piece]]) -> None:
+    """Take over the count of a parameter's blocks, once all are stepped."""
+    ((block, _), *_) = blocks
+    work.steps[0].copy_(block.steps[0])
 
 
 def rounding_adamw(work: AdamWUpdate, positions: Sequence[int], offsets: Sequence[int]) -> None:
@@ -111,7 +126,7 @@ def rounding_adamw(work: AdamWUpdate, positions: Sequence[int], offsets: Sequenc
                 call_adamw(in_float32, foreach=False)
             for result, tensor, kind_seeds in zip((weight, *held), stored, seeds, strict=True):
                 if tensor.dtype == torch.bfloat16:
-                    noise = rounding.noise_of(piece, Unit([piece], (index,)), kind_seeds)
+                    noise = rounding.noise_of(piece, Unit([[piece]], (index,)), kind_seeds)
                     rounding.round_into(result, tensor, noise)
                 else:  # of a checkpoint, which keeps its dtype
                     tensor.copy_(result)

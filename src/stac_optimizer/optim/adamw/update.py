@@ -57,6 +57,12 @@ class AdamWUpdate(NamedTuple):
         """The same on a part of one parameter."""
         return self.using([tensors.param], [tensors.grad], [[average] for average in tensors.state])
 
+    def counting(self, steps: list[Tensor]) -> AdamWUpdate:
+        """The same with other counters."""
+        return AdamWUpdate(
+            self.params, self.weights, self.grads, steps, self.averages, self.group, self.grad_scale, self.found_inf
+        )
+
     def tensors(self) -> Tensors:
         """The tensors of one parameter."""
         (weight,), (grad,) = self.weights, self.grads

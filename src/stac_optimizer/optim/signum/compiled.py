@@ -3,6 +3,9 @@
 One loop is made of the operations of ``arithmetic.py``, so the bits are the same; it is limited by the
 bytes of weight, gradient and average. It is compiled once for each :class:`Variant`: sizes are dynamic, and lr and all
 other coefficients reach the loop as tensors, which may change without another compilation.
+
+A loop runs in one thread; threads share out pieces (Note [Few joins] in ``threads.py``). So inductor is asked for code
+of C++ around the loop too, which lets other threads run meanwhile where its Python code holds them up.
 """
 
 from __future__ import annotations
@@ -15,19 +18,14 @@ import torch
 from torch import Tensor
 
 from stac_optimizer.optim.signum.arithmetic import Coefficients, SignUpdate, next_mask, update
-from stac_optimizer.optim.signum.single import (
-    Kernels,
-    can_pack,
-    count_passing,
-    single_tensor,
-    step_unit,
-    update_piece,
-)
+from stac_optimizer.optim.signum.single import Kernels, count_passing, single_tensor, step_units, update_piece
 from stac_optimizer.tensors import codes, cutting, rounding
 from stac_optimizer.tensors.kinds import has_data
+from stac_optimizer.tensors.layouts import has_layout_of, is_dense
 from stac_optimizer.tensors.pieces import Piece, Tensors, Unit
 from stac_optimizer.tensors.precision import arithmetic_dtype
 from stac_optimizer.tensors.scratch import Scratch
+from stac_optimizer.tensors.threads import run_all
 from stac_optimizer.tensors.torch_private import errors_of_compiling
 from stac_optimizer.validation import warn
 
@@ -37,10 +35,10 @@ __all__ = ["step_compiled"]
 ROW = codes.BLOCK
 # For sizes of 0 and 1 dynamo compiles anew.
 LEAST_ROWS = 2
-# Enough for inductor to see that threads pay.
-PROBE_ROWS = 1024
-# More save little, and take long to compile: 16 loops 22 s, 8 loops 14 s, one 11 s without a cache.
-AT_ONCE = 8
+PROBE_ROWS = 16
+# Less would be limited by the calls.
+LEAST_NUMEL = 512 * 1024
+OPTIONS: dict[str, Any] = {"cpp.threads": 1, "cpp_wrapper": True}
 CPU = torch.device("cpu")
 
 
@@ -54,7 +52,6 @@ class Variant(NamedTuple):
         maximize: whether to ascend.
         masked: whether the step has a mask.
         rounds: whether weights are rounded by chance.
-        threads: how many share a loop; inductor writes their number into it.
     """
 
     dtypes: tuple[torch.dtype, ...]
@@ -63,34 +60,23 @@ class Variant(NamedTuple):
     maximize: bool
     masked: bool
     rounds: bool
-    threads: int
 
     @property
     def is_coded(self) -> bool:
         """Whether averages are held in codes."""
         return torch.int8 in self.dtypes
 
-    @property
-    def at_once(self) -> int:
-        """How many pieces one call takes.
-
-        A call costs 0.1 ms of Python, as much as 0.2 million weights take. Where arithmetic is the limit that does not
-        matter, and a mask needs its mean first, which waits for other ranks.
-        """
-        return 1 if self.is_coded or self.masked or self.rounds else AT_ONCE
-
 
 def step_compiled(work: SignUpdate) -> None:
     """Update parameters of one dtype; what is in mixed layouts or does not fill rows, as by default."""
     is_worth_it = any(param.numel() > cutting.PACK_NUMEL for param in work.lists.params)
-    found = _kernels_of(_variant(work)) if is_worth_it else None
+    shared = cutting.shares(work.lists.flat(), least=LEAST_NUMEL, most=cutting.LARGE_NUMEL)
+    found = _kernels_of(_variant(work), shared.threads > 1) if is_worth_it else None
     if found is None:
         single_tensor(work)
         return
     bound = _Bound(found, work)
-    for unit in cutting.units(work.lists, pack=can_pack(work), cut=False):
-        step_unit(work, unit, Kernels(bound.count_passing, bound.update_piece))
-    bound.flush()
+    step_units(work, shared, Kernels(bound.count_passing, bound.update_piece))
 
 
 def _variant(work: SignUpdate) -> Variant:
@@ -101,7 +87,6 @@ def _variant(work: SignUpdate) -> Variant:
         maximize=work.group["maximize"],
         masked=work.group["cautious"],
         rounds=work.group["stochastic_rounding"],
-        threads=torch.get_num_threads(),
     )
 
 
@@ -123,19 +108,22 @@ class LoopKernels(NamedTuple):
     """The kernels of one variant.
 
     Args:
-        count: counts where the mask of one run lets pass.
-        update: updates runs, as many as the variant takes at once.
-        idle: runs to fill up with.
+        count: counts where the mask of a run lets pass.
+        update: updates a run.
     """
 
     count: Callable[..., Any]
     update: Callable[..., Any]
-    idle: list[Run]
 
 
 @functools.cache
-def _kernels_of(variant: Variant) -> LoopKernels | None:
-    """The kernels of a variant, or None and one warning where they cannot be compiled."""
+def _kernels_of(variant: Variant, is_shared: bool) -> LoopKernels | None:
+    """The kernels of a variant, or None and one warning where they cannot be compiled.
+
+    Args:
+        variant: what they are made for.
+        is_shared: whether other threads run them than the calling one, which dynamo tells apart.
+    """
     maximize = variant.maximize
     noise_of = functools.partial(rounding.noise_of_run, of_blocks=not variant.rounds)
 
@@ -145,30 +133,32 @@ def _kernels_of(variant: Variant) -> LoopKernels | None:
             return None
         return next_mask(tensors, coefficients, maximize=maximize).count_nonzero()
 
-    def step(runs: Sequence[Run], coefficients: Coefficients) -> bool:
-        if not torch.compiler.is_compiling():
+    def step(run: Run, coefficients: Coefficients) -> bool:
+        tensors, mean, noise_seed = run
+        if not torch.compiler.is_compiling() or not _is_in_rows(tensors):
             return False
-        for tensors, mean, noise_seed in runs:
-            if not _is_in_rows(tensors):
-                return False
-            noise = None if noise_seed is None else noise_of(tensors.param, noise_seed)
-            update(tensors, coefficients, maximize=maximize, mean=mean, noise=noise, rounds=variant.rounds)
+        noise = None if noise_seed is None else noise_of(tensors.param, noise_seed)
+        update(tensors, coefficients, maximize=maximize, mean=mean, noise=noise, rounds=variant.rounds)
         return True
 
-    coefficients = _probe_numbers(variant)
-    probes = [_probe(variant, PROBE_ROWS + index) for index in range(variant.at_once)]
-    try:
-        idle = [_probe(variant, LEAST_ROWS) for _ in probes]
-        made = LoopKernels(_compile(count), _compile(step), idle)
-        has_run = made.update(probes, coefficients)
+    ran: list[bool] = []
+
+    def try_both(made: LoopKernels, scratch: Scratch) -> None:
+        run, coefficients = _probe(variant), _probe_numbers(variant)
         if variant.masked:
-            made.count(probes[0].tensors, coefficients)
+            made.count(run.tensors, coefficients)
+        ran.append(made.update(run, coefficients))
+
+    try:
+        made = LoopKernels(_compile(count), _compile(step))
+        run_all([functools.partial(try_both, made)], 2 if is_shared else 1)
     except Exception as error:  # a missing or broken compiler shows in many ways
         _warn_of(error)
         return None
-    if not has_run:
+    if ran != [True]:
         _warn_once(MESSAGE.format("torch.compile is disabled"))
-    return made if has_run else None
+        return None
+    return made
 
 
 MESSAGE = (
@@ -187,7 +177,7 @@ _warn_once = functools.cache(warn)
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     # dynamo gives up on a code object after a few recompilations, so each variant gets one of its own.
     function.__code__ = function.__code__.replace()
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    return torch.compile(function, dynamic=True, fullgraph=True, options=OPTIONS)
 
 
 def _is_in_rows(tensors: Tensors) -> bool:
@@ -195,10 +185,10 @@ def _is_in_rows(tensors: Tensors) -> bool:
     return tensors.param.shape[1] == ROW
 
 
-def _probe(variant: Variant, rows: int) -> Run:
-    """A run of zeros. Of some runs for one call no two have the same size, or the kernel would ask for that."""
-    param, grad, *state = [torch.zeros((rows, ROW), dtype=each, device=CPU) for each in variant.dtypes]
-    scale = torch.zeros((rows, 1), dtype=torch.float32, device=CPU) if variant.is_coded else None
+def _probe(variant: Variant) -> Run:
+    """A run of zeros."""
+    param, grad, *state = [torch.zeros((PROBE_ROWS, ROW), dtype=each, device=CPU) for each in variant.dtypes]
+    scale = torch.zeros((PROBE_ROWS, 1), dtype=torch.float32, device=CPU) if variant.is_coded else None
     mean = torch.ones((), dtype=arithmetic_dtype(variant.dtypes[0]), device=CPU)
     noise_seed = torch.zeros((), dtype=torch.int32, device=CPU)
     tensors = Tensors(param, grad, tuple(state), scale)
@@ -216,11 +206,7 @@ def _probe_numbers(variant: Variant) -> Coefficients:
 
 
 class _Bound:
-    """The kernels of ``single.py`` for some work: compiled ones for what they fit, else those.
-
-    Updates that can be called several at once wait for the last: Python is twice as fast while no kernel has swept it
-    from the caches.
-    """
+    """The kernels of ``single.py`` for some work: compiled ones for what they fit, else those."""
 
     def __init__(self, compiled: LoopKernels, work: SignUpdate) -> None:
         self.compiled = compiled
@@ -229,13 +215,13 @@ class _Bound:
         self.coefficients = Coefficients._make(
             None if n is None else torch.as_tensor(n, dtype=dtype, device=CPU) for n in given
         )
-        self.waiting: list[tuple[Run, Callable[[], None]]] = []
-        self.scratch = Scratch()
 
-    def count_passing(self, piece: Piece, unit: Unit, coefficients: Coefficients, *, maximize: bool) -> Tensor:
+    def count_passing(
+        self, piece: Piece, unit: Unit, coefficients: Coefficients, *, maximize: bool, scratch: Scratch | None
+    ) -> Tensor:
         """As :func:`.single.count_passing`."""
         eager = functools.partial(
-            count_passing, unit=unit, coefficients=coefficients, maximize=maximize, scratch=self.scratch
+            count_passing, unit=unit, coefficients=coefficients, maximize=maximize, scratch=scratch
         )
         rows, rest = _cut(piece)
         counted: Tensor | None = None if rows is None else _result(self.compiled.count, rows.tensors, self.coefficients)
@@ -253,6 +239,7 @@ class _Bound:
         mean: Tensor | None,
         noise_seeds: Tensor | None,
         rounds: bool,
+        scratch: Scratch | None,
     ) -> None:
         """As :func:`.single.update_piece`."""
         eager = functools.partial(
@@ -263,7 +250,7 @@ class _Bound:
             mean=mean,
             noise_seeds=noise_seeds,
             rounds=rounds,
-            scratch=self.scratch,
+            scratch=scratch,
         )
         has_own = bool(unit.sizes) and not (mean is None and noise_seeds is None)  # each parameter of a pack
         rows, rest = (None, piece) if has_own else _cut(piece)
@@ -272,20 +259,8 @@ class _Bound:
         if rows is None:
             return
         seed = None if noise_seeds is None else rounding.seed_from(rows.offset, noise_seeds[unit.members[0]])
-        self.waiting.append((Run(rows.tensors, mean, seed), functools.partial(eager, rows)))
-        if unit.sizes or len(self.compiled.idle) == 1:  # a pack is written back once it is done
-            self.flush()
-
-    def flush(self) -> None:
-        """Run the updates that wait."""
-        idle = self.compiled.idle
-        for start in range(0, len(self.waiting), len(idle)):
-            some = self.waiting[start : start + len(idle)]
-            runs = [run for run, _ in some]
-            if not _result(self.compiled.update, [*runs, *idle[len(runs) :]], self.coefficients):
-                for _, eager in some:
-                    eager()
-        self.waiting.clear()
+        if not _result(self.compiled.update, Run(rows.tensors, mean, seed), self.coefficients):
+            eager(rows)
 
 
 def _result(kernel: Callable[..., Any], *arguments: Any) -> Any:
@@ -304,12 +279,15 @@ def _cut(piece: Piece) -> tuple[Piece | None, Piece | None]:
     """
     first, scale = piece.tensors.param, piece.tensors.scale
     held = piece.tensors.flat() if scale is None else (*piece.tensors.flat(), scale)
-    is_run = all(map(Tensor.is_contiguous, held)) and piece.strides == first.stride() and all(map(has_data, held))
+    is_plain = all(map(Tensor.is_contiguous, held))
+    is_alike = is_plain or (scale is None and is_dense(first) and all(has_layout_of(tensor, first) for tensor in held))
+    is_run = is_alike and piece.strides == first.stride() and all(map(has_data, held))
     numel = first.numel()
     if not is_run or (scale is not None and first.shape[-1] != ROW) or numel < LEAST_ROWS * ROW:
         return None, piece
     # A kernel is made for tensors that require grad, or do not.
-    flat = [(tensor.detach() if tensor.requires_grad else tensor).view(-1) for tensor in piece.tensors.flat()]
+    detached = [tensor.detach() if tensor.requires_grad else tensor for tensor in piece.tensors.flat()]
+    flat = [tensor.view(-1) if is_plain else tensor.as_strided((numel,), (1,)) for tensor in detached]
     end = numel - numel % ROW
     rest = Piece(_tensors([tensor[end:] for tensor in flat], None), piece.offset + end) if end < numel else None
     rows = [tensor[:end].view(-1, ROW) for tensor in flat]

@@ -1,9 +1,9 @@
-"""The trunk's update one unit of work after the other, by the operations of ``arithmetic.py``."""
+"""The trunk's update one unit of work after the other, or shared out, by the operations of ``arithmetic.py``."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,19 +12,20 @@ from torch import Tensor
 from stac_optimizer.distributed.shards import is_sharded, sum_over_shards
 from stac_optimizer.optim.signum.arithmetic import LEAST_MASK_MEAN, Coefficients, SignUpdate, next_mask, update
 from stac_optimizer.tensors import rounding
-from stac_optimizer.tensors.cutting import units
+from stac_optimizer.tensors.cutting import Shares, shares, units
 from stac_optimizer.tensors.pieces import Piece, Unit, copy_back, is_recorded
 from stac_optimizer.tensors.precision import arithmetic_dtype
 from stac_optimizer.tensors.scratch import Scratch
+from stac_optimizer.tensors.threads import Task, run_all
 
-__all__ = ["Kernels", "can_pack", "count_passing", "single_tensor", "step_unit", "update_piece"]
+__all__ = ["Kernels", "count_passing", "single_tensor", "step_units", "update_piece"]
 
 # Counts up to it are sums of float32 without rounding.
 EXACT_SUM = 2**24
 
 
 def count_passing(
-    piece: Piece, unit: Unit, coefficients: Coefficients, *, maximize: bool, scratch: Scratch | None = None
+    piece: Piece, unit: Unit, coefficients: Coefficients, *, maximize: bool, scratch: Scratch | None
 ) -> Tensor:
     """How many elements the mask of a piece will let pass."""
     return _count(next_mask(piece.tensors, coefficients, maximize=maximize, scratch=scratch))
@@ -44,7 +45,7 @@ def update_piece(
     mean: Tensor | None,
     noise_seeds: Tensor | None,
     rounds: bool,
-    scratch: Scratch | None = None,
+    scratch: Scratch | None,
 ) -> None:
     """Update a piece of a unit, rounding by chance where there are noise seeds."""
     noise = None if noise_seeds is None else rounding.noise_of(piece, unit, noise_seeds, of_blocks=not rounds)
@@ -59,51 +60,103 @@ class Kernels(NamedTuple):
 
 
 def single_tensor(work: SignUpdate) -> None:
-    """Update one unit of work after the other."""
-    scratch = None if is_recorded() else Scratch()
-    kernels = Kernels(
-        functools.partial(count_passing, scratch=scratch), functools.partial(update_piece, scratch=scratch)
-    )
-    for unit in units(work.lists, pack=can_pack(work)):
-        step_unit(work, unit, kernels)
+    """Update by torch's operations."""
+    step_units(work, shares(work.lists.flat()), Kernels(count_passing, update_piece))
 
 
-def can_pack(work: SignUpdate) -> bool:
-    """Whether parameters may share a unit: a mean over shards is taken parameter by parameter."""
-    return not (work.group["cautious"] and any(map(is_sharded, work.params)))
+def step_units(work: SignUpdate, shared: Shares, kernels: Kernels) -> None:
+    """Update parameters in units of work, of which threads may share out the parts."""
+    # A mean over shards is taken parameter by parameter.
+    pack = not (work.group["cautious"] and any(map(is_sharded, work.params)))
+    made = units(work.lists, pack=pack, numel=shared.numel)
+    if is_recorded():
+        for unit in made:
+            _UnitStep(work, unit, kernels).run(None)
+        return
+    steps = [_UnitStep(work, unit, kernels) for unit in made]
+    run_all([task for step in steps for task in step.counts()], shared.threads)
+    for step in steps:
+        step.settle()
+    run_all([task for step in steps for task in step.updates()], shared.threads)
 
 
-def step_unit(work: SignUpdate, unit: Unit, kernels: Kernels) -> None:
-    """Update a unit of work."""
-    maximize, rounds = work.group["maximize"], work.group["stochastic_rounding"]
-    coefficients = work.coefficients(work.lists.params[unit.members[0]].device)
-    # Before the first weight, so averages are computed here and again in the update: that costs less than keeping them.
-    mean = _mean_of_unit(work, unit, coefficients, kernels) if work.group["cautious"] else None
-    for piece in unit.pieces:
-        kernels.update_piece(
-            piece, unit, coefficients, maximize=maximize, mean=mean, noise_seeds=work.noise_seeds, rounds=rounds
-        )
-    copy_back(unit.copies)
+class _UnitStep:
+    """The update of a unit of work.
 
-
-def _mean_of_unit(work: SignUpdate, unit: Unit, coefficients: Coefficients, kernels: Kernels) -> Tensor:
-    """The mean of a parameter's mask, floored, or one for each element of a pack.
-
-    A count over a number: exact however a parameter is cut or sharded.
+    A mask's mean is known before the first weight moves, so averages are computed for it, and again in the update: that
+    costs less than keeping them. What is in one part does both at one go, while it is in cache.
     """
-    maximize = work.group["maximize"]
-    param, local = work.params[unit.members[0]], work.lists.params[unit.members[0]]
-    dtype = arithmetic_dtype(local.dtype)
-    if unit.sizes:
-        (mask,) = [next_mask(piece.tensors, coefficients, maximize=maximize) for piece in unit.pieces]
-        sizes = torch.tensor(unit.sizes, device="cpu")
-        passing = torch.stack([_count(part) for part in mask.split(list(unit.sizes))])
-        means = (passing.to(dtype) / sizes).clamp_(min=LEAST_MASK_MEAN)
-        return means.repeat_interleave(sizes, output_size=sum(unit.sizes))
-    counts = [kernels.count_passing(piece, unit, coefficients, maximize=maximize) for piece in unit.pieces]
-    counts = counts or [torch.zeros((), dtype=torch.int64, device=local.device)]  # an empty shard has no pieces
-    passing = sum_over_shards(torch.stack(counts).sum(), param)
-    numel = param.numel() * (2 if param.is_complex() else 1)
-    # By a tensor: on CUDA a quotient by a number is a product with its reciprocal, and rounds twice.
-    passing = passing.to(dtype)
-    return passing.div_(torch.full_like(passing, numel)).clamp_(min=LEAST_MASK_MEAN)
+
+    def __init__(self, work: SignUpdate, unit: Unit, kernels: Kernels) -> None:
+        self._work, self._unit, self._kernels = work, unit, kernels
+        self._coefficients = work.coefficients(work.lists.params[unit.members[0]].device)
+        self._maximize = work.group["maximize"]
+        is_in_parts = len(unit.parts) != 1 or is_sharded(work.params[unit.members[0]])
+        self._is_counted_first = work.group["cautious"] and is_in_parts
+        self._passing: list[Tensor] = []
+        self._mean: Tensor | None = None
+
+    def counts(self) -> list[Task]:
+        """What is to run before :meth:`settle`."""
+        return [partial(self._count, part) for part in self._unit.parts] if self._is_counted_first else []
+
+    def settle(self) -> None:
+        """Take the mean of a mask that was counted; a collective where the parameter is sharded."""
+        if self._is_counted_first:
+            self._mean = self._mean_of_counts()
+
+    def updates(self) -> list[Task]:
+        """What is to run then."""
+        is_at_one_go = self._work.group["cautious"] and not self._is_counted_first
+        return [self.run] if is_at_one_go else [partial(self._update, part) for part in self._unit.parts]
+
+    def run(self, scratch: Scratch | None) -> None:
+        """All of it, one after the other."""
+        if self._work.group["cautious"]:
+            self._mean = self._means_of_pack() if self._unit.sizes else self._counted(scratch)
+        for part in self._unit.parts:
+            self._update(part, scratch)
+        copy_back(self._unit.copies)
+
+    def _update(self, part: Iterable[Piece], scratch: Scratch | None) -> None:
+        seeds, rounds = self._work.noise_seeds, self._work.group["stochastic_rounding"]
+        for piece in part:
+            self._kernels.update_piece(
+                piece,
+                self._unit,
+                self._coefficients,
+                maximize=self._maximize,
+                mean=self._mean,
+                noise_seeds=seeds,
+                rounds=rounds,
+                scratch=scratch,
+            )
+
+    def _count(self, part: Iterable[Piece], scratch: Scratch | None) -> None:
+        count = self._kernels.count_passing
+        for piece in part:
+            self._passing.append(count(piece, self._unit, self._coefficients, maximize=self._maximize, scratch=scratch))
+
+    def _counted(self, scratch: Scratch | None) -> Tensor:
+        for part in self._unit.parts:
+            self._count(part, scratch)
+        return self._mean_of_counts()
+
+    def _mean_of_counts(self) -> Tensor:
+        """The mean of a parameter's mask, floored: a count over a number, exact however it is cut or sharded."""
+        param, local = self._work.params[self._unit.members[0]], self._work.lists.params[self._unit.members[0]]
+        # An empty shard has no pieces.
+        counts = self._passing or [torch.zeros((), dtype=torch.int64, device=local.device)]
+        passing = sum_over_shards(torch.stack(counts).sum(), param).to(arithmetic_dtype(local.dtype))
+        numel = param.numel() * (2 if param.is_complex() else 1)
+        # By a tensor: on CUDA a quotient by a number is a product with its reciprocal, and rounds twice.
+        return passing.div_(torch.full_like(passing, numel)).clamp_(min=LEAST_MASK_MEAN)
+
+    def _means_of_pack(self) -> Tensor:
+        """The means of the masks of several parameters, one for each element of the pack."""
+        ((piece,),) = self._unit.parts
+        mask = next_mask(piece.tensors, self._coefficients, maximize=self._maximize)
+        sizes = torch.tensor(self._unit.sizes, device="cpu")
+        passing = torch.stack([_count(part) for part in mask.split(list(self._unit.sizes))])
+        means = (passing.to(arithmetic_dtype(piece.tensors.param.dtype)) / sizes).clamp_(min=LEAST_MASK_MEAN)
+        return means.repeat_interleave(sizes, output_size=sum(self._unit.sizes))

@@ -7,6 +7,7 @@ those of the ordinary step to the bit.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -64,7 +65,7 @@ def _cast(work: SignUpdate, chosen: Sequence[int], voters: Voters) -> tuple[Ball
         one = work.only([index])
         (unit,) = units(_canonical(one.lists), pack=False)
         starts = []
-        for piece in unit.pieces:
+        for piece in chain.from_iterable(unit.parts):
             starts.append(end)
             end += packed_signs.words_for(piece.tensors.param.numel()) * packed_signs.WORD
         votes.append(_Vote(one, unit, starts))
@@ -72,7 +73,7 @@ def _cast(work: SignUpdate, chosen: Sequence[int], voters: Voters) -> tuple[Ball
     ballot = voters.ballot(end, work.lists.params[chosen[0]].device)
     for one, unit, starts in votes:
         coefficients = one.coefficients(one.lists.params[0].device)
-        for piece, start in zip(unit.pieces, starts, strict=True):
+        for piece, start in zip(chain.from_iterable(unit.parts), starts, strict=True):
             noise = _noise(one, piece, unit)
             _, average = accumulate(
                 piece.tensors, coefficients, maximize=one.group["maximize"], noise=noise, scratch=scratch
@@ -99,7 +100,7 @@ def _apply(ballot: Ballot, votes: Sequence[_Vote]) -> None:
     ballot.decide()
     for one, unit, starts in votes:
         coefficients = one.coefficients(one.lists.params[0].device)
-        for piece, start in zip(unit.pieces, starts, strict=True):
+        for piece, start in zip(chain.from_iterable(unit.parts), starts, strict=True):
             param = piece.tensors.param
             dtype = arithmetic_dtype(param.dtype)
             direction = ballot.direction(start, param.numel(), dtype).view(param.shape)
@@ -118,7 +119,7 @@ def average_over_ranks(exp_avg: Tensor, exp_avg_scale: Tensor | None, param: Ten
         downcast(mean, exp_avg)
         return
     (unit,) = units(Lists([param], [param], [[exp_avg]], [exp_avg_scale]), pack=False)
-    for piece in unit.pieces:
+    for piece in chain.from_iterable(unit.parts):
         (held,), scale = piece.tensors.state, piece.tensors.scale
         assert scale is not None
         mean = codes.decode(held, scale)

@@ -1,0 +1,191 @@
+"""Threads that share out work: what they run, what they leave as it was, and when the calling one does all."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stac_optimizer.optim import AdamW, Signum
+from stac_optimizer.tensors import threads
+from stac_optimizer.tensors.cutting import SERIAL_NUMEL, shares
+from stac_optimizer.tensors.scratch import Scratch
+from stac_optimizer.tensors.threads import run_all, threads_for
+from tests.optim.test_ambient_contexts import Dispatching, Watching
+from tests.support import assert_same_bits, set_units
+
+
+@pytest.fixture
+def _three_threads() -> None:
+    torch.set_num_threads(3)
+
+
+def test_each_task_runs_once_and_by_itself_in_others_than_the_calling_thread() -> None:
+    ran: list[tuple[int, str, int, bool]] = []
+    meeting = threading.Barrier(3)
+
+    def task(number: int, scratch: Scratch) -> None:
+        if number < 3:
+            meeting.wait(60)  # so that each thread has one
+        torch.ones(2**16, device="cpu").add_(1)  # an operation that torch would share out
+        ran.append((number, threading.current_thread().name, torch.get_num_threads(), torch.is_grad_enabled()))
+
+    run_all([partial(task, number) for number in range(20)], 3)
+    assert sorted(number for number, *_ in ran) == list(range(20))
+    names = {name for _, name, *_ in ran}
+    assert len(names) == 3
+    assert threading.current_thread().name not in names
+    assert {(count, is_recorded) for *_, count, is_recorded in ran} == {(1, False)}
+
+
+def test_threads_of_others_keep_their_number_of_threads() -> None:
+    """In a process of its own, in which nothing was shared out before."""
+    script = """
+        import threading, torch
+        from stac_optimizer.tensors.threads import run_all
+        torch.set_num_threads(4)
+        def of_new_thread():
+            found = []
+            def look():
+                torch.ones(9).add_(1)
+                found.append(torch.get_num_threads())
+            thread = threading.Thread(target=look)
+            thread.start()
+            thread.join()
+            return found[0]
+        old = []
+        class Look(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x): return x.clone()
+            @staticmethod
+            def backward(ctx, g):
+                old.append(torch.get_num_threads())
+                return g
+        def look(): Look.apply(torch.ones(2, requires_grad=True)).sum().backward()
+        look()
+        run_all([lambda scratch: torch.ones(9).add_(1)] * 50, 3)
+        look()
+        assert torch.get_num_threads() == of_new_thread() == 4 and old == [4, 4], (torch.get_num_threads(), old)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_a_task_raises_is_raised_once_none_runs_any_more(count: int) -> None:
+    began: list[int] = []
+    ended: list[int] = []
+
+    def task(number: int, scratch: Scratch) -> None:
+        began.append(number)
+        if number == 1:
+            raise torch.OutOfMemoryError("no memory")
+        time.sleep(0.01)
+        ended.append(number)
+
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        run_all([partial(task, number) for number in range(1000)], count)
+    assert sorted(began) == sorted([*ended, 1])
+    assert len(began) < 100
+
+
+@pytest.mark.usefixtures("_three_threads")
+def test_the_calling_thread_does_all_where_others_would_miss_something() -> None:
+    plain = [[torch.zeros(2), torch.nn.Parameter(torch.zeros(2))], [torch.zeros(2)]]
+    assert threads_for(plain) == 3
+    contexts: list[Callable[[], Any]] = [Watching, Dispatching, torch.inference_mode, partial(torch.device, "cpu")]
+    for context in contexts:
+        with context():
+            assert threads_for(plain) == 1, context
+
+    class Own(Tensor):
+        pass
+
+    assert threads_for([[torch.zeros(2).as_subclass(Own)]]) == 1
+    assert threads_for([[torch.zeros(2, device="meta")]]) == 1
+    torch.set_num_threads(1)
+    assert threads_for(plain) == 1
+
+
+def test_no_more_threads_than_share_memory_well() -> None:
+    torch.set_num_threads(threads.MOST_THREADS + 5)
+    assert threads_for([[torch.zeros(2)]]) == threads.MOST_THREADS
+
+
+@pytest.fixture(params=[Signum, AdamW, partial(Signum, cautious=True)], ids=["signum", "adamw", "cautious"])
+def steps(request: pytest.FixtureRequest) -> Callable[[int], list[Tensor]]:
+    def take(count: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(size, generator=generator)) for size in (50_000, 10, 3000, 70_000)]
+        optimizer = request.param(params)
+        torch.set_num_threads(count)
+        for _ in range(3):
+            for param in params:
+                param.grad = torch.randn(param.shape, generator=generator)
+            optimizer.step()
+        return [*params, *(tensor for state in optimizer.state.values() for tensor in state.values())]
+
+    return take
+
+
+def test_shared_steps_have_the_bits_of_those_of_one_thread(
+    steps: Callable[[int], list[Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = steps(1)
+    set_units(monkeypatch, block=1000, pack=100, shared=True)
+    assert_same_bits(steps(3), expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    """In a process of its own, for to fork one with threads draws a warning since Python 3.12."""
+    script = """
+        import os, torch
+        from stac_optimizer.tensors.threads import run_all
+        ran = []
+        run_all([lambda scratch: ran.append(os.getpid())] * 4, 2)
+        child = os.fork()
+        if child == 0:
+            run_all([lambda scratch: ran.append(os.getpid())] * 4, 2)
+            os._exit(0 if ran[4:] == [os.getpid()] * 4 else 1)
+        assert os.waitpid(child, 0)[1] == 0
+    """
+    subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)], check=True, timeout=100)
+
+
+def test_step_that_fails_in_a_thread_says_what_it_had_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_units(monkeypatch, block=10, shared=True)
+    weight = torch.nn.Parameter(torch.ones(35))
+    weight.grad = torch.ones(35)
+    optimizer = Signum([("weight", weight)])
+
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("stac_optimizer.optim.signum.arithmetic.move", full)
+        with pytest.raises(MemoryError, match="perhaps in part: 'weight'"):
+            optimizer.step()
+    assert torch.equal(weight.detach(), torch.ones(35))
+    optimizer.step()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("total", [1000, 100_000, 2_000_000])
+def test_small_updates_run_in_the_calling_thread_alone(total: int) -> None:
+    """In operations that torch does not share out, so that nothing is waited for."""
+    torch.set_num_threads(3)
+    found = shares([[torch.zeros(total)]])
+    assert found.threads == (3 if total == 2_000_000 else 1)
+    assert found.numel is not None
+    assert found.numel <= (SERIAL_NUMEL if found.threads == 1 else total / 3)
+    assert SERIAL_NUMEL < 32768
