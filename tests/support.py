@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stac_optimizer import STAC
-from stac_optimizer.tensors import cutting
+from stac_optimizer.tensors import cutting, threads
 
 
 def small_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -105,6 +105,6 @@ def set_units(monkeypatch: pytest.MonkeyPatch, *, block: int = 1 << 40, pack: in
     monkeypatch.setattr(cutting, "BLOCK_NUMEL", block)
     monkeypatch.setattr(cutting, "CODED_NUMEL", block)
     monkeypatch.setattr(cutting, "PACK_NUMEL", pack)
-    monkeypatch.setattr(cutting, "SHARED_NUMEL", 1 if shared else 1 << 40)
-    monkeypatch.setattr(cutting, "LEAST_NUMEL", block)
+    monkeypatch.setattr(threads, "SHARED_NUMEL", 1 if shared else 1 << 40)
+    monkeypatch.setattr(threads, "LEAST_NUMEL", block)
     torch.set_num_threads(3 if shared else 1)  # conftest.py puts back one

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from stac_optimizer.optim import AdamW, Signum
 from stac_optimizer.tensors import threads
-from stac_optimizer.tensors.cutting import SERIAL_NUMEL, shares
 from stac_optimizer.tensors.scratch import Scratch
-from stac_optimizer.tensors.threads import run_all, threads_for
+from stac_optimizer.tensors.threads import SERIAL_NUMEL, Shares, Task, run_all, shares, threads_for
 from tests.optim.test_ambient_contexts import Dispatching, Watching
 from tests.support import assert_same_bits, set_units
 
@@ -40,7 +39,7 @@ def test_each_task_runs_once_and_by_itself_in_others_than_the_calling_thread() -
         torch.ones(2**16, device="cpu").add_(1)  # an operation that torch would share out
         ran.append((number, threading.current_thread().name, torch.get_num_threads(), torch.is_grad_enabled()))
 
-    run_all([partial(task, number) for number in range(20)], 3)
+    run_all([Task(partial(task, number), 1) for number in range(20)], Shares(3, 1))
     assert sorted(number for number, *_ in ran) == list(range(20))
     names = {name for _, name, *_ in ran}
     assert len(names) == 3
@@ -52,7 +51,7 @@ def test_threads_of_others_keep_their_number_of_threads() -> None:
     """In a process of its own, in which nothing was shared out before."""
     script = """
         import threading, torch
-        from stac_optimizer.tensors.threads import run_all
+        from stac_optimizer.tensors.threads import Shares, Task, run_all
         torch.set_num_threads(4)
         def of_new_thread():
             found = []
@@ -73,7 +72,7 @@ def test_threads_of_others_keep_their_number_of_threads() -> None:
                 return g
         def look(): Look.apply(torch.ones(2, requires_grad=True)).sum().backward()
         look()
-        run_all([lambda scratch: torch.ones(9).add_(1)] * 50, 3)
+        run_all([Task(lambda scratch: torch.ones(9).add_(1), 1)] * 50, Shares(3, 1))
         look()
         assert torch.get_num_threads() == of_new_thread() == 4 and old == [4, 4], (torch.get_num_threads(), old)
     """
@@ -93,7 +92,7 @@ def test_what_a_task_raises_is_raised_once_none_runs_any_more(count: int) -> Non
         ended.append(number)
 
     with pytest.raises(torch.OutOfMemoryError, match="no memory"):
-        run_all([partial(task, number) for number in range(1000)], count)
+        run_all([Task(partial(task, number), 1) for number in range(1000)], Shares(count, 1))
     assert sorted(began) == sorted([*ended, 1])
     assert len(began) < 100
 
@@ -150,12 +149,12 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
     """In a process of its own, for to fork one with threads draws a warning since Python 3.12."""
     script = """
         import os, torch
-        from stac_optimizer.tensors.threads import run_all
+        from stac_optimizer.tensors.threads import Shares, Task, run_all
         ran = []
-        run_all([lambda scratch: ran.append(os.getpid())] * 4, 2)
+        run_all([Task(lambda scratch: ran.append(os.getpid()), 1)] * 4, Shares(2, 1))
         child = os.fork()
         if child == 0:
-            run_all([lambda scratch: ran.append(os.getpid())] * 4, 2)
+            run_all([Task(lambda scratch: ran.append(os.getpid()), 1)] * 4, Shares(2, 1))
             os._exit(0 if ran[4:] == [os.getpid()] * 4 else 1)
         assert os.waitpid(child, 0)[1] == 0
     """
@@ -177,6 +176,15 @@ def test_step_that_fails_in_a_thread_says_what_it_had_changed(monkeypatch: pytes
             optimizer.step()
     assert torch.equal(weight.detach(), torch.ones(35))
     optimizer.step()
+
+
+def test_small_tasks_go_to_one_thread_in_turn() -> None:
+    ran: list[tuple[str, int]] = []
+    tasks = [Task(lambda scratch, n=n: ran.append((threading.current_thread().name, n)), n) for n in (5, 3, 4, 20, 1)]  # type: ignore[misc]
+    run_all(tasks, Shares(3, 12))
+    by_number = {number: name for name, number in ran}
+    assert by_number[5] == by_number[3] == by_number[4]
+    assert [number for _, number in ran if number in (5, 3, 4)] == [5, 3, 4]
 
 
 @torch.no_grad()

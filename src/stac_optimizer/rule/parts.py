@@ -50,14 +50,16 @@ def row_parts(lists: Lists, indices: Sequence[int]) -> Iterator[Part]:
 
 def cut_parts(lists: Lists, indices: Sequence[int], inputs: StepInputs) -> Iterator[Part]:
     """Blocks and packs."""
-    for parts in cut_in_turns(lists, indices, inputs):
+    for parts, _ in cut_in_turns(lists, indices, inputs):
         yield from parts
 
 
 def cut_in_turns(
     lists: Lists, indices: Sequence[int], inputs: StepInputs, numel: int | None = None
-) -> Iterator[Iterator[Part]]:
-    """The same, in what one thread goes through; what is in one pack has taken as many steps.
+) -> Iterator[tuple[Iterator[Part], int]]:
+    """The same, in what one thread goes through, and how many elements that has.
+
+    What is in one pack has taken as many steps.
 
     Args:
         lists: of the parameters.
@@ -74,8 +76,9 @@ def cut_in_turns(
     for some in by_step.values():
         for unit in units(lists.only(some), numel=numel):
             places = Unit((), tuple([some[member] for member in unit.members]), unit.sizes)
+            total = sum([lists.params[place].numel() for place in places.members])
             for part in unit.parts:
-                yield _placed(part, places)
+                yield _placed(part, places), total // len(unit.parts)
 
 
 def _placed(pieces: Iterable[Piece], places: Unit) -> Iterator[Part]:

@@ -22,12 +22,11 @@ from stac_optimizer.rule.rows import RowSums
 from stac_optimizer.rule.state import count_step_
 from stac_optimizer.rule.wholes import Factors, Norms, Wholes
 from stac_optimizer.tensors import codes, rounding
-from stac_optimizer.tensors.cutting import shares
 from stac_optimizer.tensors.layouts import indices_by_device_and_dtype
 from stac_optimizer.tensors.pieces import Lists, Piece, Tensors
 from stac_optimizer.tensors.precision import arithmetic_dtype, arithmetic_lr, unscaled
 from stac_optimizer.tensors.scratch import Scratch
-from stac_optimizer.tensors.threads import run_all
+from stac_optimizer.tensors.threads import Task, run_all, shares
 
 __all__ = ["Measuring", "step_prepared"]
 
@@ -98,7 +97,7 @@ def step_prepared(
             _update_measured(task, indices, measuring, update)
         elif shared.threads > 1 and not is_whole:
             turns = cut_in_turns(lists, indices, inputs, shared.numel)
-            run_all([partial(_update_in_turn, task, parts, update) for parts in turns], shared.threads)
+            run_all([Task(partial(_update_in_turn, task, parts, update), numel) for parts, numel in turns], shared)
         else:
             for work in task.works(indices):
                 work.update(update)

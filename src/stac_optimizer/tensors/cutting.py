@@ -6,7 +6,7 @@ Knows no rule.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,21 +16,16 @@ from stac_optimizer.tensors.coded_pieces import CodedRows, coded_parts
 from stac_optimizer.tensors.kinds import has_own_operations
 from stac_optimizer.tensors.layouts import has_layout_of, is_dense
 from stac_optimizer.tensors.pieces import Lists, Piece, Tensors, Unit, is_recorded
-from stac_optimizer.tensors.threads import threads_for
 
-__all__ = ["Shares", "block_numel", "blocks", "buckets", "filled", "rows", "shares", "units"]
+__all__ = ["block_numel", "blocks", "buckets", "filled", "rows", "units"]
 
 # Elements of a block on the CPU. The four tensors that a block works on (weight, gradient, average, one temporary) then
 # stay in the cache of a core or of its neighbours; smaller blocks pay more calls, larger ones trips to memory.
-BLOCK_NUMEL = 256 * 1024
+BLOCK_NUMEL = 512 * 1024
 # The same for averages in codes, whose update without kernel has half a dozen temporaries, on all devices.
-CODED_NUMEL = 256 * 1024
+CODED_NUMEL = 512 * 1024
 # Where a call costs more beside the bytes, on other devices and for compiled kernels: a temporary of 8 MiB in float32.
 LARGE_NUMEL = 2 * 1024 * 1024
-# So many elements for each thread are worth to wake it; torch runs operations on less than 32,768 in the calling one.
-SHARED_NUMEL, SERIAL_NUMEL = 256 * 1024, 31 * 1024
-# The least of a block that is shared out: for less, Python, which runs one thread at a time, is the limit.
-LEAST_NUMEL = 64 * 1024
 # A tensor of at most this many elements is packed with others until they fill a block.
 PACK_NUMEL = 16 * 1024
 
@@ -38,42 +33,9 @@ PACK_NUMEL = 16 * 1024
 Item = TypeVar("Item")
 
 
-class Shares(NamedTuple):
-    """How an update is shared out.
-
-    Args:
-        threads: how many take part.
-        numel: the most elements of a block; None for those of the device.
-    """
-
-    threads: int
-    numel: int | None
-
-
 def block_numel(tensor: Tensor) -> int:
     """Elements of a block on this tensor's device."""
     return BLOCK_NUMEL if tensor.is_cpu else LARGE_NUMEL
-
-
-def shares(lists: Sequence[Sequence[Tensor]], *, least: int | None = None, most: int | None = None) -> Shares:
-    """Say how an update of these is shared out (Note [Few joins] in ``threads.py``).
-
-    Args:
-        lists: parameters, gradients and state.
-        least: the least elements of a block that is shared out, by default where Python takes as long as the work.
-        most: the most of any block, by default those of the device.
-    """
-    if is_recorded() or torch.get_num_threads() == 1:
-        return Shares(1, most)
-    params = lists[0]
-    largest = most or BLOCK_NUMEL
-    total = sum([param.numel() for param in params])
-    if total < 2 * SHARED_NUMEL:  # asked first, for there may be thousands of small ones
-        return Shares(1, min(largest, SERIAL_NUMEL) if all(param.is_cpu for param in params) else most)
-    threads = min(threads_for(lists), total // SHARED_NUMEL)
-    # Some blocks for each, so that all end at about the same time.
-    shared = min(largest, max(least or LEAST_NUMEL, total // (4 * threads)))
-    return Shares(threads, shared if threads > 1 else most)
 
 
 def units(lists: Lists, *, pack: bool = True, numel: int | None = None) -> Iterator[Unit]:

@@ -15,7 +15,7 @@ from stac_optimizer.tensors import cutting, rounding
 from stac_optimizer.tensors.layouts import has_layout_of, in_layout_of, is_dense
 from stac_optimizer.tensors.pieces import Piece, Unit, is_recorded
 from stac_optimizer.tensors.scratch import Scratch
-from stac_optimizer.tensors.threads import run_all
+from stac_optimizer.tensors.threads import Task, run_all, shares
 
 __all__ = ["adamw_in_blocks", "fused_adamw", "is_walkable", "rounding_adamw"]
 
@@ -69,7 +69,7 @@ def adamw_in_blocks(work: AdamWUpdate, *, foreach: bool) -> None:
     if is_recorded():
         call_adamw(work, foreach=foreach)
         return
-    shared = cutting.shares([work.weights, work.grads, *work.averages])
+    shared = shares([work.weights, work.grads, *work.averages])
     numels = [shared.numel or cutting.block_numel(weight) for weight in work.weights]
     small = [index for index, weight in enumerate(work.weights) if weight.numel() <= numels[index]]
     large = [work.only([index]) for index, weight in enumerate(work.weights) if weight.numel() > numels[index]]
@@ -78,7 +78,9 @@ def adamw_in_blocks(work: AdamWUpdate, *, foreach: bool) -> None:
     packs = cutting.filled(small, sizes, max(numels)) if is_dealt else [small]
     cut = [_blocks(one, shared.numel) for one in large]
     works = [*(work.only(some) for some in packs if some), *(block for blocks in cut for block, _ in blocks)]
-    run_all([partial(_step, each, foreach=foreach) for each in works], shared.threads)
+    run_all(
+        [Task(partial(_step, each, foreach=foreach), sum(map(Tensor.numel, each.weights))) for each in works], shared
+    )
     for one, blocks in zip(large, cut, strict=True):
         _count(one, blocks)
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from stac_optimizer.rule import Group
 from stac_optimizer.rule.common import LEAST_MASK_MEAN
 from stac_optimizer.tensors import codes, rounding
-from stac_optimizer.tensors.pieces import Lists, Tensors
+from stac_optimizer.tensors.kinds import has_data
+from stac_optimizer.tensors.pieces import Lists, Tensors, is_recorded
 from stac_optimizer.tensors.precision import arithmetic_lr, downcast, upcast
 from stac_optimizer.tensors.scratch import Scratch
 
@@ -171,14 +172,23 @@ def update(
     if mean is None and torch.compiler.is_compiling() and isinstance(coefficients.lr, Tensor):
         # In one loop comparisons are cheap. The same bits as below: the product of lr with 1, 0 and -1 is exact.
         signed = torch.where(average > 0, coefficients.lr, torch.where(average < 0, -coefficients.lr, 0.0))
-        move(param, signed.add_(average, alpha=0), 1.0, coefficients.decay_factor, is_unit=True, noise=noise)
+        move(param, signed.add_(average, alpha=0), 1.0, coefficients.decay_factor, noise=noise)
         return
     direction = _sign(average, scratch)
-    factor = None if mean is None else _mask(direction, grad, scratch).div_(mean)
+    mask = None if mean is None else _mask(direction, grad, scratch)
     direction.add_(average, alpha=0)  # Note [Non-finite averages]
-    if factor is not None:
-        direction.mul_(factor)
-    move(param, direction, coefficients.lr, coefficients.decay_factor, is_unit=mean is None, noise=noise)
+    lr = coefficients.lr
+    if mask is not None and mean is not None:
+        direction.mul_(mask)
+        lr = _masked_lr(lr, mean)
+    move(param, direction, lr, coefficients.decay_factor, noise=noise)
+
+
+def _masked_lr(lr: float | Tensor, mean: Tensor) -> float | Tensor:
+    """How far a step goes where its mask lets it pass; as a number where that can be read without waiting."""
+    lr = torch.ones_like(mean).div_(mean).mul_(lr.to(mean.dtype) if isinstance(lr, Tensor) else lr)
+    is_readable = not lr.ndim and lr.is_cpu and has_data(lr) and not is_recorded()
+    return lr.item() if is_readable else lr
 
 
 def accumulate(
@@ -203,23 +213,21 @@ def move(
     lr: float | Tensor,
     decay_factor: float | Tensor | None,
     *,
-    is_unit: bool,
     noise: Tensor | None,
 ) -> None:
     """Decay weights and move them against a direction, which is used up.
 
     Args:
         param: the weights.
-        direction: in arithmetic precision.
+        direction: of 1, 0 and -1, so that its product with lr is exact; or that product, with an lr of 1.
         lr: what it is multiplied by.
         decay_factor: what weights are multiplied by first, or None.
-        is_unit: whether the product of lr and direction is exact, as with 1, 0 and -1.
         noise: a random int32 for each weight, to round by; None to round to nearest.
     """
     weight = upcast(param)
     if decay_factor is not None:
         weight.mul_(decay_factor)
-    if is_unit and not isinstance(lr, Tensor):
+    if not isinstance(lr, Tensor):
         weight.sub_(direction, alpha=lr)  # a pass less, and the same bits
     else:
         weight.sub_(direction.mul_(lr))

@@ -25,7 +25,7 @@ from stac_optimizer.tensors.layouts import has_layout_of, is_dense
 from stac_optimizer.tensors.pieces import Piece, Tensors, Unit
 from stac_optimizer.tensors.precision import arithmetic_dtype
 from stac_optimizer.tensors.scratch import Scratch
-from stac_optimizer.tensors.threads import run_all
+from stac_optimizer.tensors.threads import Shares, Task, run_all, shares
 from stac_optimizer.tensors.torch_private import errors_of_compiling
 from stac_optimizer.validation import warn
 
@@ -70,7 +70,7 @@ class Variant(NamedTuple):
 def step_compiled(work: SignUpdate) -> None:
     """Update parameters of one dtype; what is in mixed layouts or does not fill rows, as by default."""
     is_worth_it = any(param.numel() > cutting.PACK_NUMEL for param in work.lists.params)
-    shared = cutting.shares(work.lists.flat(), least=LEAST_NUMEL, most=cutting.LARGE_NUMEL)
+    shared = shares(work.lists.flat(), least=LEAST_NUMEL, most=2 * cutting.LARGE_NUMEL)
     found = _kernels_of(_variant(work), shared.threads > 1) if is_worth_it else None
     if found is None:
         single_tensor(work)
@@ -151,7 +151,7 @@ def _kernels_of(variant: Variant, is_shared: bool) -> LoopKernels | None:
 
     try:
         made = LoopKernels(_compile(count), _compile(step))
-        run_all([functools.partial(try_both, made)], 2 if is_shared else 1)
+        run_all([Task(functools.partial(try_both, made), 1)], Shares(2 if is_shared else 1, None))
     except Exception as error:  # a missing or broken compiler shows in many ways
         _warn_of(error)
         return None
@@ -220,11 +220,11 @@ class _Bound:
         self, piece: Piece, unit: Unit, coefficients: Coefficients, *, maximize: bool, scratch: Scratch | None
     ) -> Tensor:
         """As :func:`.single.count_passing`."""
+        rows, rest = _cut(piece)
+        counted: Tensor | None = None if rows is None else _result(self.compiled.count, rows.tensors, self.coefficients)
         eager = functools.partial(
             count_passing, unit=unit, coefficients=coefficients, maximize=maximize, scratch=scratch
         )
-        rows, rest = _cut(piece)
-        counted: Tensor | None = None if rows is None else _result(self.compiled.count, rows.tensors, self.coefficients)
         if counted is None:
             return eager(piece)
         return counted if rest is None else counted + eager(rest)
@@ -235,32 +235,19 @@ class _Bound:
         unit: Unit,
         coefficients: Coefficients,
         *,
-        maximize: bool,
         mean: Tensor | None,
         noise_seeds: Tensor | None,
-        rounds: bool,
-        scratch: Scratch | None,
+        **others: Any,
     ) -> None:
         """As :func:`.single.update_piece`."""
-        eager = functools.partial(
-            update_piece,
-            unit=unit,
-            coefficients=coefficients,
-            maximize=maximize,
-            mean=mean,
-            noise_seeds=noise_seeds,
-            rounds=rounds,
-            scratch=scratch,
-        )
         has_own = bool(unit.sizes) and not (mean is None and noise_seeds is None)  # each parameter of a pack
         rows, rest = (None, piece) if has_own else _cut(piece)
+        if rows is not None:
+            seed = None if noise_seeds is None else rounding.seed_from(rows.offset, noise_seeds[unit.members[0]])
+            if not _result(self.compiled.update, Run(rows.tensors, mean, seed), self.coefficients):
+                rest = piece
         if rest is not None:
-            eager(rest)
-        if rows is None:
-            return
-        seed = None if noise_seeds is None else rounding.seed_from(rows.offset, noise_seeds[unit.members[0]])
-        if not _result(self.compiled.update, Run(rows.tensors, mean, seed), self.coefficients):
-            eager(rows)
+            update_piece(rest, unit, coefficients, mean=mean, noise_seeds=noise_seeds, **others)
 
 
 def _result(kernel: Callable[..., Any], *arguments: Any) -> Any:

@@ -12,11 +12,11 @@ from torch import Tensor
 from stac_optimizer.distributed.shards import is_sharded, sum_over_shards
 from stac_optimizer.optim.signum.arithmetic import LEAST_MASK_MEAN, Coefficients, SignUpdate, next_mask, update
 from stac_optimizer.tensors import rounding
-from stac_optimizer.tensors.cutting import Shares, shares, units
+from stac_optimizer.tensors.cutting import units
 from stac_optimizer.tensors.pieces import Piece, Unit, copy_back, is_recorded
 from stac_optimizer.tensors.precision import arithmetic_dtype
 from stac_optimizer.tensors.scratch import Scratch
-from stac_optimizer.tensors.threads import Task, run_all
+from stac_optimizer.tensors.threads import Shares, Task, run_all, shares
 
 __all__ = ["Kernels", "count_passing", "single_tensor", "step_units", "update_piece"]
 
@@ -74,10 +74,10 @@ def step_units(work: SignUpdate, shared: Shares, kernels: Kernels) -> None:
             _UnitStep(work, unit, kernels).run(None)
         return
     steps = [_UnitStep(work, unit, kernels) for unit in made]
-    run_all([task for step in steps for task in step.counts()], shared.threads)
+    run_all([task for step in steps for task in step.counts()], shared)
     for step in steps:
         step.settle()
-    run_all([task for step in steps for task in step.updates()], shared.threads)
+    run_all([task for step in steps for task in step.updates()], shared)
 
 
 class _UnitStep:
@@ -98,7 +98,7 @@ class _UnitStep:
 
     def counts(self) -> list[Task]:
         """What is to run before :meth:`settle`."""
-        return [partial(self._count, part) for part in self._unit.parts] if self._is_counted_first else []
+        return self._of_parts(self._count) if self._is_counted_first else []
 
     def settle(self) -> None:
         """Take the mean of a mask that was counted; a collective where the parameter is sharded."""
@@ -108,7 +108,15 @@ class _UnitStep:
     def updates(self) -> list[Task]:
         """What is to run then."""
         is_at_one_go = self._work.group["cautious"] and not self._is_counted_first
-        return [self.run] if is_at_one_go else [partial(self._update, part) for part in self._unit.parts]
+        return [Task(self.run, self._numel)] if is_at_one_go else self._of_parts(self._update)
+
+    @property
+    def _numel(self) -> int:
+        return sum([self._work.lists.params[member].numel() for member in self._unit.members])
+
+    def _of_parts(self, run: Callable[[Iterable[Piece], Scratch], None]) -> list[Task]:
+        parts = self._unit.parts
+        return [Task(partial(run, part), self._numel // len(parts)) for part in parts]
 
     def run(self, scratch: Scratch | None) -> None:
         """All of it, one after the other."""

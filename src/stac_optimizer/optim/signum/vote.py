@@ -105,9 +105,7 @@ def _apply(ballot: Ballot, votes: Sequence[_Vote]) -> None:
             dtype = arithmetic_dtype(param.dtype)
             direction = ballot.direction(start, param.numel(), dtype).view(param.shape)
             noise = _noise(one, piece, unit) if one.group["stochastic_rounding"] else None
-            move(
-                param, direction.to(param.device), coefficients.lr, coefficients.decay_factor, is_unit=True, noise=noise
-            )
+            move(param, direction.to(param.device), coefficients.lr, coefficients.decay_factor, noise=noise)
         copy_back(unit.copies)
 
 
