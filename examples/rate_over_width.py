@@ -61,6 +61,9 @@ def draw(losses: Mapping[tuple[int, float], float], path: Path) -> None:
     for width in sorted({width for width, _ in losses}):
         rates = sorted(rate for other, rate in losses if other == width)
         axes.plot(rates, [losses[width, rate] for rate in rates], marker="o", label=f"width {width}")
+    rates = sorted({rate for _, rate in losses})
+    axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axes.minorticks_off()
     axes.legend()
     figure.savefig(path, dpi=120)
 

@@ -102,6 +102,19 @@ def test_chances_are_compared_exactly() -> None:
     assert whole[0].tolist() == list(range(128))
 
 
+def test_next_to_a_level_no_chance_tells_on_which_side_a_root_was_rounded() -> None:
+    """So levels may be found by any operation that is nearly right."""
+    levels = torch.arange(128.0)
+    every_chance = torch.arange(CHANCE_PARTS // 2, dtype=torch.int32).view(-1, 1)
+    for towards in (0.0, 128.0**2):
+        squares = levels**2
+        for _ in range(3):
+            squares[-1] = 127.0**2
+            codes, _ = encoded(squares.expand(len(every_chance), -1), every_chance)
+            assert (codes == levels).all()
+            squares = torch.nextafter(squares, torch.tensor(towards))
+
+
 def test_decoded_averages_are_within_a_level() -> None:
     average = averages(2000, 128, seed=1)
     for noise in (None, noise_for(2000)):

@@ -95,7 +95,7 @@ def step_prepared(
         shared = shares(lists.only(indices).flat())
         if measuring is not None:
             _update_measured(task, indices, measuring, update)
-        elif shared.threads > 1 and not is_whole:
+        elif shared.numel is not None and not is_whole:
             turns = cut_in_turns(lists, indices, inputs, shared.numel)
             run_all([Task(partial(_update_in_turn, task, parts, update), numel) for parts, numel in turns], shared)
         else:

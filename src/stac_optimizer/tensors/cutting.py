@@ -63,8 +63,10 @@ def units(lists: Lists, *, pack: bool = True, numel: int | None = None) -> Itera
             yield Unit([[_whole(tensors)]], (index,))
         else:
             yield Unit([[piece] for piece in blocks(tensors, numel=most)], (index,))
+    # The last that goes into a pack may be of PACK_NUMEL elements.
+    full = BLOCK_NUMEL if numel is None else max(1, numel - PACK_NUMEL)
     for members in packed.values():
-        for some in filled(members, [lists.params[index].numel() for index in members], numel or BLOCK_NUMEL):
+        for some in filled(members, [lists.params[index].numel() for index in members], full):
             if len(some) == 1:
                 yield Unit([[_whole(lists.at(some[0]))]], tuple(some))
                 continue

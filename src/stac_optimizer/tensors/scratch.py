@@ -11,26 +11,33 @@ __all__ = ["Scratch"]
 
 
 class Scratch:
-    """Memory for temporaries of one piece after the other, two at a time.
+    """Memory for temporaries of one piece after the other, in numbered places.
 
     On the CPU memory fresh from the system costs a page fault for every 4 KiB, several times what the arithmetic takes.
     """
 
     def __init__(self) -> None:
-        self._held = [torch.empty(0, device="cpu")] * 2
+        self._held: dict[int, Tensor] = {}
+        self._given: dict[int, Tensor] = {}
 
-    def like(self, tensor: Tensor, place: int = 0) -> Tensor | None:
-        """A tensor of this shape, dtype, device and layout, of any values; None of classes that may not write to one.
+    def like(self, tensor: Tensor, place: int = 0, dtype: torch.dtype | None = None) -> Tensor | None:
+        """A tensor of this shape, device and layout, of any values; None of classes that may not write to one.
 
         Args:
             tensor: whose like it is.
-            place: 0 or 1; the next call for the same place takes its memory.
+            place: the next call for the same place takes its memory.
+            dtype: by default the tensor's.
         """
+        dtype = dtype or tensor.dtype
         if has_own_operations(tensor):
             return None
         if type(tensor) is not Tensor or not tensor.is_contiguous():
-            return torch.empty_like(tensor)
-        held, numel = self._held[place], tensor.numel()
-        if held.numel() < numel or held.dtype != tensor.dtype or held.device != tensor.device:
-            self._held[place] = held = torch.empty(numel, dtype=tensor.dtype, device=tensor.device)
-        return held[:numel].view(tensor.shape)
+            return torch.empty_like(tensor, dtype=dtype)
+        given = self._given.get(place)
+        if given is not None and given.shape == tensor.shape and given.dtype == dtype and given.device == tensor.device:
+            return given
+        held, numel = self._held.get(place), tensor.numel()
+        if held is None or held.numel() < numel or held.dtype != dtype or held.device != tensor.device:
+            self._held[place] = held = torch.empty(numel, dtype=dtype, device=tensor.device)
+        self._given[place] = given = held[:numel].view(tensor.shape)
+        return given

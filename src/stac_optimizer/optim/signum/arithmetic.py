@@ -109,7 +109,7 @@ def _average(
         return grad, None
     (held,) = tensors.state
     if tensors.scale is not None:
-        average = codes.decode(held, tensors.scale)
+        average = codes.decode(held, tensors.scale, scratch)
         grad = grad.to(average.dtype)
     else:
         average = held.to(wider(held, grad))
@@ -203,7 +203,7 @@ def accumulate(
     average, change = _average(grad, tensors, coefficients, scratch)
     if change is not None:
         average.add_(change)
-        _store(average, tensors, noise)
+        _store(average, tensors, noise, scratch)
     return grad, average
 
 
@@ -237,11 +237,11 @@ def move(
         rounding.round_into(weight, param, noise)
 
 
-def _store(average: Tensor, tensors: Tensors, noise: Tensor | None) -> None:
+def _store(average: Tensor, tensors: Tensors, noise: Tensor | None, scratch: Scratch | None) -> None:
     """Round an average by chance where there is noise, by bits of it that weights leave over."""
     (held,) = tensors.state
     if tensors.scale is not None:
-        codes.encode_(average, held, tensors.scale, None if noise is None else noise[..., :1])
+        codes.encode_(average, held, tensors.scale, None if noise is None else noise[..., :1], scratch)
     elif noise is not None and held.dtype == torch.bfloat16:
         rounding.round_into(average.float(), held, noise << 16)
     else:
