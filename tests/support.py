@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -108,3 +109,10 @@ def set_units(monkeypatch: pytest.MonkeyPatch, *, block: int = 1 << 40, pack: in
     monkeypatch.setattr(threads, "SHARED_NUMEL", 1 if shared else 1 << 40)
     monkeypatch.setattr(threads, "LEAST_NUMEL", block)
     torch.set_num_threads(3 if shared else 1)  # conftest.py puts back one
+    if shared:
+        have_cores(monkeypatch)
+
+
+def have_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the machine have more cores than a test wants."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(1000), raising=False)

@@ -148,7 +148,9 @@ def test_process_that_cannot_spin_is_told_of(monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_processes_end_with_the_benchmark_however_it_ends(send: Callable[[int, int], None], number: int) -> None:
     script = (
-        "import time, benchmark_busy\nwith benchmark_busy.spinning(2): print('all spin', flush=True); time.sleep(60)"
+        "import signal, time, benchmark_busy\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what runs in the background may ignore it
+        "with benchmark_busy.spinning(2): print('all spin', flush=True); time.sleep(60)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script],

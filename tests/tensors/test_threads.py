@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -16,16 +21,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from stac_optimizer.optim import AdamW, Signum
+from benchmark_memory import transient_bytes_of
+from stac_optimizer.optim import AdamW, Adan, Signum
 from stac_optimizer.tensors import threads
 from stac_optimizer.tensors.scratch import Scratch
 from stac_optimizer.tensors.threads import SERIAL_NUMEL, Shares, Task, run_all, shares, threads_for
 from tests.optim.test_ambient_contexts import Dispatching, Watching
-from tests.support import assert_same_bits, set_units
+from tests.support import assert_same_bits, have_cores, set_units
 
 
 @pytest.fixture
-def _three_threads() -> None:
+def _three_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    have_cores(monkeypatch)
     torch.set_num_threads(3)
 
 
@@ -115,9 +122,12 @@ def test_the_calling_thread_does_all_where_others_would_miss_something() -> None
     assert threads_for(plain) == 1
 
 
-def test_no_more_threads_than_share_memory_well() -> None:
+def test_no_more_threads_than_share_memory_well_nor_than_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    have_cores(monkeypatch)
     torch.set_num_threads(threads.MOST_THREADS + 5)
     assert threads_for([[torch.zeros(2)]]) == threads.MOST_THREADS
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})  # as where OpenMP has bound the calling thread
+    assert threads_for([[torch.zeros(2)]]) == 1
 
 
 @pytest.fixture(params=[Signum, AdamW, partial(Signum, cautious=True)], ids=["signum", "adamw", "cautious"])
@@ -136,12 +146,176 @@ def steps(request: pytest.FixtureRequest) -> Callable[[int], list[Tensor]]:
     return take
 
 
+@pytest.fixture
+def workers(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Gets the names of the threads that have run tasks."""
+    names: set[str] = set()
+    work = threads._work
+
+    def noting(*arguments: Any) -> None:
+        names.add(threading.current_thread().name)
+        work(*arguments)
+
+    monkeypatch.setattr(threads, "_work", noting)
+    return names
+
+
 def test_shared_steps_have_the_bits_of_those_of_one_thread(
-    steps: Callable[[int], list[Tensor]], monkeypatch: pytest.MonkeyPatch
+    steps: Callable[[int], list[Tensor]], workers: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = steps(1)
+    assert workers == {threading.current_thread().name}
     set_units(monkeypatch, block=1000, pack=100, shared=True)
+    workers.clear()
     assert_same_bits(steps(3), expected)
+    assert threading.current_thread().name not in workers
+    assert workers
+
+
+def test_parameters_that_share_memory_are_updated_one_after_the_other(
+    workers: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = torch.randn(200, generator=torch.Generator().manual_seed(0))
+
+    def stepped(*, views: list[slice]) -> Tensor:
+        memory = held.clone()
+        params = [torch.nn.Parameter(memory[view]) for view in views]
+        optimizer = Signum(params, lr=0.1)
+        for param in params:
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+        return memory
+
+    tied, flat = [slice(0, 150), slice(100, 200)], [slice(0, 100), slice(100, 200)]
+    set_units(monkeypatch, block=10)
+    expected = [stepped(views=views) for views in (tied, flat)]
+    set_units(monkeypatch, block=10, shared=True)
+    workers.clear()
+    assert_same_bits(stepped(views=tied), expected[0])
+    assert workers == {threading.current_thread().name}
+    assert_same_bits(stepped(views=flat), expected[1])
+    assert len(workers) > 1
+
+
+def in_new_process(script: str) -> None:
+    """Run a script, which must end by itself."""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(script)], check=True, timeout=100)
+
+
+STEPPING = """
+    import atexit, os, threading, time, torch
+    from stac_optimizer.optim import Signum
+    os.sched_getaffinity = lambda _: range(8)
+    torch.set_num_threads(3)
+    weight = torch.nn.Parameter(torch.zeros(2**21))
+    weight.grad = torch.ones(2**21)
+    optimizer = Signum([weight], lr=1.0)
+    def take_steps():
+        time.sleep(0.5)
+        for _ in range(3):
+            optimizer.step()
+        assert (weight == -wanted).all()
+        os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [
+        "optimizer.step(); wanted = 4; threading.Thread(target=take_steps).start()",
+        "wanted = 3; threading.Thread(target=take_steps).start()",
+        "optimizer.step(); wanted = 4; atexit.register(take_steps)",
+    ],
+)
+def test_steps_go_on_once_the_main_thread_has_ended(ends: str) -> None:
+    in_new_process(textwrap.dedent(STEPPING) + ends + "\natexit.register(lambda: os._exit(1))" * ("atexit" not in ends))
+
+
+def test_a_thread_that_cannot_begin_leaves_its_work_to_the_calling_one() -> None:
+    in_new_process(
+        textwrap.dedent(STEPPING)
+        + textwrap.dedent(
+            """
+            start, count = threading.Thread.start, 0
+            def failing(self):
+                global count
+                count += 1
+                if count > 1:
+                    raise RuntimeError("can't start new thread")
+                start(self)
+            threading.Thread.start = failing
+            optimizer.step()
+            assert (weight == -1).all()
+            """
+        )
+    )
+
+
+def test_an_interrupt_while_threads_begin_leaves_none_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    submit, given = ThreadPoolExecutor.submit, []
+
+    def interrupted(self: ThreadPoolExecutor, function: Any, /, *arguments: Any) -> Any:
+        given.append(function)
+        if len(given) == 2:
+            raise KeyboardInterrupt
+        return submit(self, function, *arguments)
+
+    ended: list[int] = []
+
+    def task(scratch: Scratch) -> None:
+        time.sleep(0.05)
+        ended.append(1)
+
+    tasks = [Task(task, 1)] * 100
+    run_all(tasks[:3], Shares(3, 1))  # all threads have begun
+    ended.clear()
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_all(tasks, Shares(3, 1))
+    seen = len(ended)
+    time.sleep(0.2)
+    assert len(ended) == seen < 100
+
+
+def test_threads_run_in_the_calling_ones_context() -> None:
+    """In which torch keeps what its compilers are configured to."""
+    variable: ContextVar[str] = ContextVar("variable", default="lost")
+    variable.set("kept")
+    found: list[str] = []
+    run_all([Task(lambda scratch: found.append(variable.get()), 1)] * 6, Shares(3, 1))
+    assert found == ["kept"] * 6
+
+
+def test_a_failed_step_keeps_nothing_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Held:
+        pass
+
+    def failing(scratch: Scratch, held: Held) -> None:
+        raise MemoryError
+
+    gc.disable()
+    try:
+        held = Held()
+        alive = weakref.ref(held)
+        with contextlib.suppress(MemoryError):
+            run_all([Task(partial(failing, held=held), 1)] * 3, Shares(3, 1))
+        del held
+        time.sleep(0.1)  # until threads have put their task away
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_packs_take_memory_one_after_the_other() -> None:
+    params = [torch.nn.Parameter(torch.zeros(16_000)) for _ in range(500)]  # 30 MiB
+    for param in params:
+        param.grad = torch.ones_like(param)
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        for optimizer in (Signum(params), Signum(params, cautious=True), Adan(params)):
+            optimizer.step()
+            peak = transient_bytes_of(optimizer.step, torch.device("cpu"))
+            assert peak <= count * 26 * 2**20, f"{optimizer} {count}: {peak / 2**20:.1f} MiB"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -188,10 +362,10 @@ def test_small_tasks_go_to_one_thread_in_turn() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("_three_threads")
 @pytest.mark.parametrize("total", [1000, 100_000, 2_000_000])
 def test_small_updates_run_in_the_calling_thread_alone(total: int) -> None:
     """In operations that torch does not share out, so that nothing is waited for."""
-    torch.set_num_threads(3)
     found = shares([[torch.zeros(total)]])
     assert found.threads == (3 if total == 2_000_000 else 1)
     assert found.numel is not None

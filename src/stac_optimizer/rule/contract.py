@@ -76,7 +76,8 @@ class Rule(ABC):
         """Update parameters and state in place, by ``torch._foreach_*`` functions.
 
         What every rule needs is done around it: tensors are local, real and in arithmetic precision, steps counted,
-        gradients unscaled and negated under ``maximize``; lr is a float, or a 0-dim tensor of float32 or wider.
+        gradients unscaled and negated under ``maximize``; lr is a float, or a 0-dim tensor of float32 or wider. Several
+        threads may call it at once, on different tensors.
 
         Args:
             params: weights, of one device and dtype; on the single path a list of one.

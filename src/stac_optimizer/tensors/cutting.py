@@ -64,7 +64,7 @@ def units(lists: Lists, *, pack: bool = True, numel: int | None = None) -> Itera
         else:
             yield Unit([[piece] for piece in blocks(tensors, numel=most)], (index,))
     # The last that goes into a pack may be of PACK_NUMEL elements.
-    full = BLOCK_NUMEL if numel is None else max(1, numel - PACK_NUMEL)
+    full = BLOCK_NUMEL if numel is None or numel >= BLOCK_NUMEL else max(1, numel - PACK_NUMEL)
     for members in packed.values():
         for some in filled(members, [lists.params[index].numel() for index in members], full):
             if len(some) == 1:
@@ -125,18 +125,20 @@ def filled(items: Sequence[Item], sizes: Sequence[int], full: int) -> Iterator[l
 def blocks(tensors: Tensors, *, numel: int | None) -> list[Piece]:
     """Cut tensors of one shape into views of at most so many elements.
 
-    Tensors of one dense layout are cut as they lie in memory, with ``None`` into a single view without gaps; others are
-    sliced along their longest dimensions.
+    Tensors of one dense layout are cut as they lie in memory, with ``None`` into a single view without gaps; others,
+    which no kernel walks, are sliced along their longest dimensions, into blocks of the device at most.
     """
     first, held = tensors.param, tensors.flat()
     if any(map(has_own_operations, held)):  # whose views need not be views
         return [_whole(tensors)]
     is_plain = all(map(Tensor.is_contiguous, held))  # and then the faster of two ways will do
-    if is_plain and numel is None:
-        return [Piece(tensors, strides=first.stride())]
-    is_small = numel is not None and first.numel() <= numel
-    if is_small or not (is_plain or all(has_layout_of(tensor, first) for tensor in held)):
-        return _sliced(_whole(tensors), numel or block_numel(first))
+    most = block_numel(first) if numel is None else min(numel, block_numel(first))
+    if is_plain if numel is None else first.numel() <= most:
+        return [_whole(tensors)]
+    if not (is_plain or all(has_layout_of(tensor, first) for tensor in held)):
+        return _sliced(_whole(tensors), most)
+    if numel is not None and first.numel() <= numel:
+        return [_whole(tensors)]
     flat = [tensor.view(-1) if is_plain else tensor.as_strided((first.numel(),), (1,)) for tensor in held]
     if numel is None:
         return [Piece(_as_tensors(flat))]
@@ -191,15 +193,16 @@ def _sliced(piece: Piece, numel: int) -> list[Piece]:
 
 
 class _Pack:
-    """The one piece of several small parameters: flat copies, written back after they were worked on."""
+    """The one piece of several small parameters: flat copies, made when asked for, and written back after the work."""
 
     def __init__(self, lists: Lists) -> None:
-        flat = [[t if t.ndim == 1 else t.flatten() for t in tensors] for tensors in lists.flat()]
-        self.written = [flat[0], *flat[2:]]  # gradients are read-only
-        self.sizes = [tensor.numel() for tensor in flat[0]]
-        self.tensors = _as_tensors([torch.cat(tensors) for tensors in flat])
+        self.lists = lists
+        self.sizes = [tensor.numel() for tensor in lists.params]
 
     def __iter__(self) -> Iterator[Piece]:
-        yield Piece(self.tensors)
-        for tensors, result in zip(self.written, self.tensors.written(), strict=True):
+        flat = [[t if t.ndim == 1 else t.flatten() for t in tensors] for tensors in self.lists.flat()]
+        packed = _as_tensors([torch.cat(tensors) for tensors in flat])
+        yield Piece(packed)
+        written = [flat[0], *flat[2:]]  # gradients are read-only
+        for tensors, result in zip(written, packed.written(), strict=True):
             torch.split_with_sizes_copy(result, self.sizes, out=tensors)

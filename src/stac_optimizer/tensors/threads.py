@@ -8,12 +8,14 @@ then those on the next that nobody has begun. What is not worth it goes in piece
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -84,18 +86,36 @@ def shares(lists: Sequence[Sequence[Tensor]], *, least: int | None = None, most:
     return Shares(threads, min(most, max(least or LEAST_NUMEL, total // (4 * threads))))
 
 
-def threads_for(lists: Iterable[Sequence[Tensor]]) -> int:
+def threads_for(lists: Sequence[Sequence[Tensor]]) -> int:
     """How many threads may share out the work on these: as many as torch would take, or 1, the calling one.
 
-    What watches operations, and inference mode, belong to the calling thread, and others would not see them.
+    What watches operations, and inference mode, belong to the calling thread, and others would not see them. Threads
+    take over the cores that the calling one may run on, which OpenMP may have bound to one. Parameters that share
+    memory are updated one after the other.
     """
-    threads = torch.get_num_threads()
+    threads = min(torch.get_num_threads(), MOST_THREADS)
+    if hasattr(os, "sched_getaffinity"):
+        threads = min(threads, len(os.sched_getaffinity(0)))
     if threads == 1 or has_dispatch_modes() or has_function_modes() or torch.is_inference_mode_enabled():
         return 1
     are_plain = all(
         PLAIN_TYPES.issuperset(map(type, tensors)) and all(tensor.is_cpu for tensor in tensors) for tensors in lists
     )
-    return min(threads, MOST_THREADS) if are_plain and _is_thread_local() else 1
+    return threads if are_plain and _is_thread_local() and not _overlap(lists[0]) else 1
+
+
+def _overlap(tensors: Sequence[Tensor]) -> bool:
+    """Whether some of these may share memory."""
+    spans = sorted((tensor.data_ptr(), tensor.data_ptr() + _extent(tensor)) for tensor in tensors)
+    return any(begin < end for (_, end), (begin, _) in pairwise(spans))
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first of a tensor's elements to the end of its last."""
+    if tensor.is_contiguous():
+        return tensor.nbytes
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
 
 
 def run_all(tasks: Sequence[Task], shared: Shares) -> None:
@@ -105,22 +125,29 @@ def run_all(tasks: Sequence[Task], shared: Shares) -> None:
         BaseException: what a task raised. None runs any more, and those that had not begun do not.
     """
     # Small ones in turn: threads that are often in Python wait for one another.
-    dealt = cutting.filled(tasks, [task.numel for task in tasks], shared.numel or 1)
-    pending = deque(dealt)
-    if shared.threads == 1:
-        _work(pending)
-        return
-    pool = _pool(shared.threads)
-    futures = [pool.submit(_work, pending) for _ in range(min(shared.threads, len(pending)))]
+    pending = deque(cutting.filled(tasks, [task.numel for task in tasks], shared.numel or 1))
+    futures: list[Future[None]] = []
+    failed: list[BaseException] = []
     try:
-        for future in futures:
-            future.result()
+        if shared.threads > 1 and pending:
+            THREADS.submit(min(shared.threads, len(pending)), pending, failed, futures)
+        if not futures and pending:
+            _work(pending, failed)
+        wait(futures)
     finally:  # also where the user interrupts
         pending.clear()
         wait(futures)
+    if failed:
+        error = failed[0]
+        failed.clear()
+        try:
+            raise error
+        finally:
+            del error  # which holds this frame, and all that it holds
 
 
-def _work(pending: deque[list[Task]]) -> None:
+def _work(pending: deque[list[Task]], failed: list[BaseException]) -> None:
+    """Run tasks until there are no more. What they raise is noted, for a future would keep it."""
     scratch = Scratch()
     try:
         with torch.no_grad():
@@ -131,9 +158,9 @@ def _work(pending: deque[list[Task]]) -> None:
                     return
                 for task in tasks:
                     task.run(scratch)
-    except BaseException:
+    except BaseException as error:
         pending.clear()
-        raise
+        failed.append(error)
 
 
 @functools.cache
@@ -142,13 +169,54 @@ def _is_thread_local() -> bool:
     return "ATen parallel backend: OpenMP" in torch.__config__.parallel_info()
 
 
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """So many threads, all of which have begun: meanwhile new ones of others would get the wrong number."""
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="stac_optimizer", initializer=_begin_thread)
-    meeting = threading.Barrier(threads)
-    wait([pool.submit(meeting.wait) for _ in range(threads)])
-    return pool
+class _Threads:
+    """The threads, which begin when they are first needed, and are more once more are."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = None
+        self._number = 0
+
+    def submit(
+        self, threads: int, pending: deque[list[Task]], failed: list[BaseException], futures: list[Future[None]]
+    ) -> None:
+        """Let so many threads begin to work, in copies of the calling one's context, which holds torch's configuration.
+
+        Args:
+            threads: how many.
+            pending: what is to be done.
+            failed: gets what goes wrong.
+            futures: get an entry for each; fewer where no thread can begin, as once the interpreter ends.
+        """
+        try:
+            with self._lock:
+                if self._pool is None or self._number < threads:
+                    self._begin(max(threads, min(torch.get_num_threads(), MOST_THREADS)))
+                pool = self._pool
+            for _ in range(threads):
+                assert pool is not None
+                futures.append(pool.submit(contextvars.copy_context().run, _work, pending, failed))
+        except RuntimeError:  # those that have begun do all
+            return
+
+    def _begin(self, number: int) -> None:
+        """Begin anew, with all at once: meanwhile new threads of others would get the wrong number."""
+        before, self._pool = self._pool, None
+        if before is not None:
+            before.shutdown(wait=False)
+        pool = ThreadPoolExecutor(number, thread_name_prefix="stac_optimizer", initializer=_begin_thread)
+        meeting = threading.Barrier(number)
+        try:
+            begun = [pool.submit(meeting.wait) for _ in range(number)]
+        except BaseException:
+            meeting.abort()
+            pool.shutdown(wait=False)
+            raise
+        wait(begun)
+        self._pool, self._number = pool, number
+
+
+THREADS = _Threads()
 
 
 def _begin_thread() -> None:
@@ -166,10 +234,9 @@ BEGINNING = threading.Lock()
 
 
 def _forget_threads() -> None:
-    """After a fork: the child has none of the threads."""
-    global BEGINNING  # noqa: PLW0603 - a thread that is not there may hold it
-    BEGINNING = threading.Lock()
-    _pool.cache_clear()
+    """After a fork: the child has none of the threads, and one that is not there may hold a lock."""
+    global BEGINNING, THREADS
+    BEGINNING, THREADS = threading.Lock(), _Threads()
 
 
 if hasattr(os, "register_at_fork"):

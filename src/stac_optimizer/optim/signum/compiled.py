@@ -77,6 +77,8 @@ def step_compiled(work: SignUpdate) -> None:
         return
     bound = _Bound(found, work)
     step_units(work, shared, Kernels(bound.count_passing, bound.update_piece))
+    if bound.errors:  # of threads, which know no line of the user's to point at
+        _warn_of(bound.errors[0])
 
 
 def _variant(work: SignUpdate) -> Variant:
@@ -210,6 +212,7 @@ class _Bound:
 
     def __init__(self, compiled: LoopKernels, work: SignUpdate) -> None:
         self.compiled = compiled
+        self.errors: list[Exception] = []
         dtype = arithmetic_dtype(work.lists.params[0].dtype)
         given: Sequence[Any] = work.coefficients(CPU)
         self.coefficients = Coefficients._make(
@@ -221,7 +224,7 @@ class _Bound:
     ) -> Tensor:
         """As :func:`.single.count_passing`."""
         rows, rest = _cut(piece)
-        counted: Tensor | None = None if rows is None else _result(self.compiled.count, rows.tensors, self.coefficients)
+        counted: Tensor | None = None if rows is None else self._result(self.compiled.count, rows.tensors)
         eager = functools.partial(
             count_passing, unit=unit, coefficients=coefficients, maximize=maximize, scratch=scratch
         )
@@ -244,19 +247,18 @@ class _Bound:
         rows, rest = (None, piece) if has_own else _cut(piece)
         if rows is not None:
             seed = None if noise_seeds is None else rounding.seed_from(rows.offset, noise_seeds[unit.members[0]])
-            if not _result(self.compiled.update, Run(rows.tensors, mean, seed), self.coefficients):
+            if not self._result(self.compiled.update, Run(rows.tensors, mean, seed)):
                 rest = piece
         if rest is not None:
             update_piece(rest, unit, coefficients, mean=mean, noise_seeds=noise_seeds, **others)
 
-
-def _result(kernel: Callable[..., Any], *arguments: Any) -> Any:
-    """What a kernel returns; None where it cannot run, as when dynamo finds that it has compiled it too often."""
-    try:
-        return kernel(*arguments)
-    except errors_of_compiling() as error:
-        _warn_of(error)
-        return None
+    def _result(self, kernel: Callable[..., Any], argument: Any) -> Any:
+        """What a kernel returns; None where it cannot run, as when dynamo finds that it has compiled it too often."""
+        try:
+            return kernel(argument, self.coefficients)
+        except errors_of_compiling() as error:
+            self.errors.append(error)
+            return None
 
 
 def _cut(piece: Piece) -> tuple[Piece | None, Piece | None]:

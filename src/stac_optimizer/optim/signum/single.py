@@ -120,21 +120,23 @@ class _UnitStep:
 
     def run(self, scratch: Scratch | None) -> None:
         """All of it, one after the other."""
-        if self._work.group["cautious"]:
-            self._mean = self._means_of_pack() if self._unit.sizes else self._counted(scratch)
+        if self._work.group["cautious"] and not self._unit.sizes:
+            self._mean = self._counted(scratch)
         for part in self._unit.parts:
             self._update(part, scratch)
         copy_back(self._unit.copies)
 
     def _update(self, part: Iterable[Piece], scratch: Scratch | None) -> None:
         seeds, rounds = self._work.noise_seeds, self._work.group["stochastic_rounding"]
+        is_masked_pack = self._work.group["cautious"] and self._unit.sizes
         for piece in part:
+            mean = self._means_of_pack(piece, scratch) if is_masked_pack else self._mean
             self._kernels.update_piece(
                 piece,
                 self._unit,
                 self._coefficients,
                 maximize=self._maximize,
-                mean=self._mean,
+                mean=mean,
                 noise_seeds=seeds,
                 rounds=rounds,
                 scratch=scratch,
@@ -160,10 +162,9 @@ class _UnitStep:
         # By a tensor: on CUDA a quotient by a number is a product with its reciprocal, and rounds twice.
         return passing.div_(torch.full_like(passing, numel)).clamp_(min=LEAST_MASK_MEAN)
 
-    def _means_of_pack(self) -> Tensor:
+    def _means_of_pack(self, piece: Piece, scratch: Scratch | None) -> Tensor:
         """The means of the masks of several parameters, one for each element of the pack."""
-        ((piece,),) = self._unit.parts
-        mask = next_mask(piece.tensors, self._coefficients, maximize=self._maximize)
+        mask = next_mask(piece.tensors, self._coefficients, maximize=self._maximize, scratch=scratch)
         sizes = torch.tensor(self._unit.sizes, device="cpu")
         passing = torch.stack([_count(part) for part in mask.split(list(self._unit.sizes))])
         means = (passing.to(arithmetic_dtype(piece.tensors.param.dtype)) / sizes).clamp_(min=LEAST_MASK_MEAN)
