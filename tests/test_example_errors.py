@@ -180,6 +180,7 @@ def test_ranks_refuse_alike(tmp_path: Path) -> None:
             assert re.fullmatch(rf".*: error: {pattern}\n", line)
 
 
+@pytest.mark.slow
 def test_slip_is_at_the_end_of_what_torchrun_reports() -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, train_distributed.__file__, "--batch-size", "3"]

@@ -73,11 +73,12 @@ ON_MESHES = (
 )
 
 
-@pytest.mark.parametrize("part", [0, 1])
+@pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_uneven_shards_step_as_whole_ones(part: int, tmp_path: Path) -> None:
     assert_shards_step_as_whole(shard_each, 3, dict(list(ARGUMENTS.items())[part::2]), tmp_path)
 
 
+@pytest.mark.slow
 def test_more_shards_than_rows_step_as_whole_ones(tmp_path: Path) -> None:
     """More ranks than some parameters have rows; meshes of two dimensions, below, cut others evenly."""
     cases = {name: ARGUMENTS[name] for name in (*ON_MESHES, "momentum-0-cautious-foreach", "decay-maximize-amsgrad")}

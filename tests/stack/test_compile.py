@@ -89,6 +89,7 @@ def test_compiled_step_goes_on_from_a_checkpoint() -> None:
     _compare(compiled, eager, torch.compile(compiled[1].step, fullgraph=True, backend="eager"), steps=3)
 
 
+@pytest.mark.slow
 def test_compiled_fused_step_equals_the_eager_one() -> None:
     compiled, eager = stepped(0, fused=True), stepped(0, fused=True)
     _compare(compiled, eager, torch.compile(compiled[1].step, backend="eager"), steps=3)
