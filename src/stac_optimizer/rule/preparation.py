@@ -92,10 +92,11 @@ def step_prepared(
     for indices in indices_by_device_and_dtype(lists.flat()):
         group = {**inputs.group, "lr": _prepared_lr(inputs.group["lr"], lists.params[indices[0]].device)}
         task = _Task(inputs, group, keys, lists, seeds, measuring, is_whole, ranks)
-        shared = shares(lists.only(indices).flat())
         if measuring is not None:
             _update_measured(task, indices, measuring, update)
-        elif shared.numel is not None and not is_whole:
+            continue
+        shared = None if is_whole else shares(lists.only(indices).flat())
+        if shared is not None and shared.numel is not None:
             turns = cut_in_turns(lists, indices, inputs, shared.numel)
             run_all([Task(partial(_update_in_turn, task, parts, update), numel) for parts, numel in turns], shared)
         else:

@@ -193,8 +193,8 @@ class _Threads:
                 if self._pool is None or self._number < threads:
                     self._begin(max(threads, min(torch.get_num_threads(), MOST_THREADS)))
                 pool = self._pool
+            assert pool is not None
             for _ in range(threads):
-                assert pool is not None
                 futures.append(pool.submit(contextvars.copy_context().run, _work, pending, failed))
         except RuntimeError:  # those that have begun do all
             return
