@@ -26,7 +26,6 @@ operation takes, so they are in place where they can be.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -44,7 +43,6 @@ __all__ = [
     "decode_matrix",
     "encode_",
     "encode_matrix_",
-    "has_whole_blocks",
     "in_blocks",
     "matrix_shape",
     "scales_shape",
@@ -79,11 +77,6 @@ def can_be_coded(param: Tensor) -> bool:
     """Whether averages of this parameter can be held in codes: not those of float64, complex or short rows."""
     is_single = param.is_floating_point() and param.dtype != torch.float64
     return is_single and param.ndim > 1 and matrix_shape(param)[1] >= LEAST_COLUMNS
-
-
-def has_whole_blocks(tensors: Sequence[Tensor]) -> bool:
-    """Whether the memory of these is one whole block after another."""
-    return matrix_shape(tensors[0])[1] % BLOCK == 0 and all(map(Tensor.is_contiguous, tensors))
 
 
 def scales_shape(param: Tensor) -> torch.Size:

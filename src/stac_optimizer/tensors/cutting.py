@@ -24,7 +24,7 @@ __all__ = ["block_numel", "blocks", "buckets", "filled", "rows", "units"]
 BLOCK_NUMEL = 512 * 1024
 # The same for averages in codes, whose update without kernel has half a dozen temporaries, on all devices.
 CODED_NUMEL = 512 * 1024
-# Where a call costs more beside the bytes, on other devices and for compiled kernels: a temporary of 8 MiB in float32.
+# Where a call costs more beside the bytes, on other devices: a temporary of 8 MiB in float32.
 LARGE_NUMEL = 2 * 1024 * 1024
 # A tensor of at most this many elements is packed with others until they fill a block.
 PACK_NUMEL = 16 * 1024
@@ -57,8 +57,7 @@ def units(lists: Lists, *, pack: bool = True, numel: int | None = None) -> Itera
         if tensors.scale is not None and is_whole:
             yield CodedRows(tensors, most, 0, codes.matrix_shape(tensors.param)[0]).as_recorded(index)
         elif tensors.scale is not None:
-            is_large = numel is not None and codes.has_whole_blocks(tensors.flat())
-            yield Unit(coded_parts(tensors, most if is_large else min(most, CODED_NUMEL)), (index,))
+            yield Unit(coded_parts(tensors, min(most, CODED_NUMEL)), (index,))
         elif is_whole:
             yield Unit([[_whole(tensors)]], (index,))
         else:

@@ -19,7 +19,7 @@ from torch import Tensor
 from stac_optimizer.tensors import device_tables
 from stac_optimizer.tensors.pieces import Piece, Unit
 
-__all__ = ["counts", "noise_of", "noise_of_run", "noise_seeds", "round_into", "seed_from"]
+__all__ = ["counts", "noise_of", "noise_seeds", "round_into"]
 
 # Odd constants as signed 32-bit integers, for torch's unsigned ones know no arithmetic: 2^32 by the golden ratio, and
 # those of MurmurHash3.
@@ -96,18 +96,6 @@ def noise_of(piece: Piece, unit: Unit, noise_seed: Tensor, *, of_blocks: bool = 
         if not isinstance(index, Tensor):
             index = torch.zeros((), dtype=torch.int32, device=like.device)
     return _noise(index, chosen)
-
-
-def noise_of_run(tensor: Tensor, noise_seed: Tensor, *, of_blocks: bool = False) -> Tensor:
-    """The same for a tensor whose elements follow one another, from the index on that the noise_seed starts at."""
-    step = tensor.shape[-1] if of_blocks else 1
-    index = torch.arange(tensor.numel() // step, dtype=torch.int32, device=tensor.device) * step
-    return _noise(index.view(-1, 1) if of_blocks else index.view(tensor.shape), noise_seed)
-
-
-def seed_from(offset: int, noise_seed: Tensor) -> Tensor:
-    """The noise_seed with which index 0 gets the noise of this index."""
-    return noise_seed + _wrapped(offset * SPREAD)
 
 
 def _noise(index: Tensor, noise_seed: Tensor) -> Tensor:

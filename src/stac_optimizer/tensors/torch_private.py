@@ -16,8 +16,6 @@ list of tensors. Every optimizer of torch.optim is built from them, and they hav
 - ``torch._C._is_any_autocast_enabled``, ``_DisableAutocast``: autocast of all devices at once; publicly it is asked for
   one after the other.
 - ``_disable_current_modes``: no modes, for what is made once and outlives them.
-- ``torch._dynamo.exc``: what torch.compile raises before what it has compiled runs, told from errors of the run itself,
-  after which some of it is done.
 - ``torch.cpu._is_avx512_bf16_supported``, ``_is_amx_tile_supported``: whether the CPU multiplies bfloat16 by
   instructions of its own; without them it is slower than float32. Publicly only the set of vector instructions is told.
 - ``torch.distributed.tensor._utils.compute_local_shape_and_global_offset``: where in a whole tensor a shard begins.
@@ -39,7 +37,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 __all__ = [
     "FakeTensor",
     "capturable_devices",
-    "errors_of_compiling",
     "fused_devices",
     "has_dispatch_modes",
     "has_fast_bfloat16",
@@ -60,13 +57,6 @@ has_dispatch_modes = torch._C._len_torch_dispatch_stack
 is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 without_autocast = torch._C._DisableAutocast
 without_modes = _disable_current_modes
-
-
-def errors_of_compiling() -> tuple[type[Exception], ...]:
-    """What torch.compile raises before anything has run."""
-    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # noqa: PLC0415 - as slow to import
-
-    return TorchDynamoException, FailOnRecompileLimitHit
 
 
 def is_dry_run() -> bool:

@@ -28,6 +28,7 @@ __all__ = [
     "Coefficients",
     "SignUpdate",
     "accumulate",
+    "masked_lr",
     "move",
     "next_mask",
     "update",
@@ -169,24 +170,23 @@ def update(
     param = tensors.param
     grad, average = accumulate(tensors, coefficients, maximize=maximize, noise=noise, scratch=scratch)
     noise = noise if rounds else None
-    if mean is None and torch.compiler.is_compiling() and isinstance(coefficients.lr, Tensor):
-        # In one loop comparisons are cheap. The same bits as below: the product of lr with 1, 0 and -1 is exact.
-        signed = torch.where(average > 0, coefficients.lr, torch.where(average < 0, -coefficients.lr, 0.0))
-        move(param, signed.add_(average, alpha=0), 1.0, coefficients.decay_factor, noise=noise)
-        return
     direction = _sign(average, scratch)
     mask = None if mean is None else _mask(direction, grad, scratch)
     direction.add_(average, alpha=0)  # Note [Non-finite averages]
     lr = coefficients.lr
     if mask is not None and mean is not None:
         direction.mul_(mask)
-        lr = _masked_lr(lr, mean)
+        lr = _as_number(masked_lr(lr, mean))
     move(param, direction, lr, coefficients.decay_factor, noise=noise)
 
 
-def _masked_lr(lr: float | Tensor, mean: Tensor) -> float | Tensor:
-    """How far a step goes where its mask lets it pass; as a number where that can be read without waiting."""
-    lr = torch.ones_like(mean).div_(mean).mul_(lr.to(mean.dtype) if isinstance(lr, Tensor) else lr)
+def masked_lr(lr: float | Tensor, mean: Tensor) -> Tensor:
+    """How far a step goes where its mask lets it pass, from the mask's mean, or those of several."""
+    return torch.ones_like(mean).div_(mean).mul_(lr.to(mean.dtype) if isinstance(lr, Tensor) else lr)
+
+
+def _as_number(lr: Tensor) -> float | Tensor:
+    """As a number where that can be read without waiting."""
     is_readable = not lr.ndim and lr.is_cpu and has_data(lr) and not is_recorded()
     return lr.item() if is_readable else lr
 

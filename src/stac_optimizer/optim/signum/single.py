@@ -4,31 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from stac_optimizer.distributed.shards import is_sharded, sum_over_shards
-from stac_optimizer.optim.signum.arithmetic import LEAST_MASK_MEAN, Coefficients, SignUpdate, next_mask, update
-from stac_optimizer.tensors import rounding
+from stac_optimizer.optim.signum.arithmetic import LEAST_MASK_MEAN, SignUpdate, next_mask, update
 from stac_optimizer.tensors.cutting import units
 from stac_optimizer.tensors.pieces import Piece, Unit, copy_back, is_recorded
 from stac_optimizer.tensors.precision import arithmetic_dtype
+from stac_optimizer.tensors.rounding import noise_of
 from stac_optimizer.tensors.scratch import Scratch
-from stac_optimizer.tensors.threads import Shares, Task, run_all, shares
+from stac_optimizer.tensors.threads import Task, run_all, shares
 
-__all__ = ["Kernels", "count_passing", "single_tensor", "step_units", "update_piece"]
+__all__ = ["single_tensor"]
 
 # Counts up to it are sums of float32 without rounding.
 EXACT_SUM = 2**24
-
-
-def count_passing(
-    piece: Piece, unit: Unit, coefficients: Coefficients, *, maximize: bool, scratch: Scratch | None
-) -> Tensor:
-    """How many elements the mask of a piece will let pass."""
-    return _count(next_mask(piece.tensors, coefficients, maximize=maximize, scratch=scratch))
 
 
 def _count(mask: Tensor) -> Tensor:
@@ -36,44 +28,17 @@ def _count(mask: Tensor) -> Tensor:
     return mask.sum().to(torch.int64) if mask.numel() <= EXACT_SUM else mask.count_nonzero()
 
 
-def update_piece(
-    piece: Piece,
-    unit: Unit,
-    coefficients: Coefficients,
-    *,
-    maximize: bool,
-    mean: Tensor | None,
-    noise_seeds: Tensor | None,
-    rounds: bool,
-    scratch: Scratch | None,
-) -> None:
-    """Update a piece of a unit, rounding by chance where there are noise seeds."""
-    noise = None if noise_seeds is None else rounding.noise_of(piece, unit, noise_seeds, of_blocks=not rounds)
-    update(piece.tensors, coefficients, maximize=maximize, mean=mean, noise=noise, rounds=rounds, scratch=scratch)
-
-
-class Kernels(NamedTuple):
-    """What runs on a piece."""
-
-    count_passing: Callable[..., Tensor]
-    update_piece: Callable[..., None]
-
-
 def single_tensor(work: SignUpdate) -> None:
-    """Update by torch's operations."""
-    step_units(work, shares(work.lists.flat()), Kernels(count_passing, update_piece))
-
-
-def step_units(work: SignUpdate, shared: Shares, kernels: Kernels) -> None:
-    """Update parameters in units of work, of which threads may share out the parts."""
+    """Update in units of work, of which threads may share out the parts."""
+    shared = shares(work.lists.flat())
     # A mean over shards is taken parameter by parameter.
     pack = not (work.group["cautious"] and any(map(is_sharded, work.params)))
     made = units(work.lists, pack=pack, numel=shared.numel)
     if is_recorded():
         for unit in made:
-            _UnitStep(work, unit, kernels).run(None)
+            _UnitStep(work, unit).run(None)
         return
-    steps = [_UnitStep(work, unit, kernels) for unit in made]
+    steps = [_UnitStep(work, unit) for unit in made]
     run_all([task for step in steps for task in step.counts()], shared)
     for step in steps:
         step.settle()
@@ -87,8 +52,8 @@ class _UnitStep:
     costs less than keeping them. What is in one part does both at one go, while it is in cache.
     """
 
-    def __init__(self, work: SignUpdate, unit: Unit, kernels: Kernels) -> None:
-        self._work, self._unit, self._kernels = work, unit, kernels
+    def __init__(self, work: SignUpdate, unit: Unit) -> None:
+        self._work, self._unit = work, unit
         self._coefficients = work.coefficients(work.lists.params[unit.members[0]].device)
         self._maximize = work.group["maximize"]
         is_in_parts = len(unit.parts) != 1 or is_sharded(work.params[unit.members[0]])
@@ -130,22 +95,22 @@ class _UnitStep:
         seeds, rounds = self._work.noise_seeds, self._work.group["stochastic_rounding"]
         is_masked_pack = self._work.group["cautious"] and self._unit.sizes
         for piece in part:
-            mean = self._means_of_pack(piece, scratch) if is_masked_pack else self._mean
-            self._kernels.update_piece(
-                piece,
-                self._unit,
+            update(
+                piece.tensors,
                 self._coefficients,
                 maximize=self._maximize,
-                mean=mean,
-                noise_seeds=seeds,
+                mean=self._means_of_pack(piece, scratch) if is_masked_pack else self._mean,
+                noise=None if seeds is None else noise_of(piece, self._unit, seeds, of_blocks=not rounds),
                 rounds=rounds,
                 scratch=scratch,
             )
 
     def _count(self, part: Iterable[Piece], scratch: Scratch | None) -> None:
-        count = self._kernels.count_passing
         for piece in part:
-            self._passing.append(count(piece, self._unit, self._coefficients, maximize=self._maximize, scratch=scratch))
+            self._passing.append(_count(self._next_mask(piece, scratch)))
+
+    def _next_mask(self, piece: Piece, scratch: Scratch | None) -> Tensor:
+        return next_mask(piece.tensors, self._coefficients, maximize=self._maximize, scratch=scratch)
 
     def _counted(self, scratch: Scratch | None) -> Tensor:
         for part in self._unit.parts:
@@ -164,7 +129,7 @@ class _UnitStep:
 
     def _means_of_pack(self, piece: Piece, scratch: Scratch | None) -> Tensor:
         """The means of the masks of several parameters, one for each element of the pack."""
-        mask = next_mask(piece.tensors, self._coefficients, maximize=self._maximize, scratch=scratch)
+        mask = self._next_mask(piece, scratch)
         sizes = torch.tensor(self._unit.sizes, device="cpu")
         passing = torch.stack([_count(part) for part in mask.split(list(self._unit.sizes))])
         means = (passing.to(arithmetic_dtype(piece.tensors.param.dtype)) / sizes).clamp_(min=LEAST_MASK_MEAN)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stac_optimizer.optim.signum.triton_kernels import CHUNK, OPTIONS, count_kernel, update_kernel
+from stac_optimizer.optim.signum.fused.triton_kernels import CHUNK, OPTIONS, count_kernel, update_kernel
 from stac_optimizer.tensors.device_tables import integers, numbers, owners
 from stac_optimizer.tensors.precision import arithmetic_dtype
 

@@ -1,4 +1,4 @@
-"""Which kernels ``fused=True`` means for the trunk: on the CPU those of torch.compile, on CUDA those of Triton."""
+"""Which kernels ``fused=True`` means for the trunk: on the CPU those of C++, on CUDA those of Triton."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from stac_optimizer.distributed.shards import is_sharded, real_parts
 from stac_optimizer.optim.signum.arithmetic import LEAST_MASK_MEAN, SignUpdate
-from stac_optimizer.optim.signum.compiled import step_compiled
+from stac_optimizer.optim.signum.fused.cpu import kernels_for, step_on_cpu
 from stac_optimizer.optim.signum.single import single_tensor
 from stac_optimizer.rule import Group
-from stac_optimizer.tensors.codes import has_whole_blocks
-from stac_optimizer.tensors.kinds import can_walk, has_data
+from stac_optimizer.tensors.codes import BLOCK, matrix_shape
+from stac_optimizer.tensors.kinds import PLAIN_TYPES, can_walk, has_data, has_own_operations
 from stac_optimizer.tensors.layouts import has_layout_of, in_layout_of, indices_by_device_and_dtype, is_dense
 from stac_optimizer.tensors.pieces import Tensors
 
@@ -53,22 +53,50 @@ def fused(work: SignUpdate) -> None:
         if _is_wider([first.grad, *first.state] if first.param.is_cpu else first.state, first.param):
             single_tensor(some)
         elif first.param.is_cpu:
-            step_compiled(some)
+            by_cpp(some)
         else:
             by_triton(some)
 
 
-def by_triton(work: SignUpdate) -> None:
-    """Update parameters of one device and dtype in one launch; those that it does not fit one by one."""
-    fits = [fits_triton(work.lists.at(index), param, work.group) for index, param in enumerate(work.params)]
+def by_cpp(work: SignUpdate) -> None:
+    """Update parameters of one dtype on the CPU; those that kernels do not fit by torch's operations."""
+    kernels = kernels_for(work)
+    if kernels is None:
+        single_tensor(work)
+        return
+    # Asked list by list, for there may be thousands.
+    lists = [*work.lists.flat(), work.lists.scales or ()]
+    if work.group["cautious"] or not all(map(_are_plain, lists)):
+        held = map(work.lists.at, range(len(work.params)))
+        fits = [_fits(each, each.flat(), param, work.group) for each, param in zip(held, work.params, strict=True)]
+        fitting = _only_fitting(work, fits)
+    else:
+        fitting = work
+    if fitting is not None:
+        step_on_cpu(fitting, kernels)
+
+
+def _are_plain(tensors: Sequence[Tensor]) -> bool:
+    return PLAIN_TYPES.issuperset(map(type, tensors)) and all(map(Tensor.is_contiguous, tensors))
+
+
+def _only_fitting(work: SignUpdate, fits: Sequence[bool]) -> SignUpdate | None:
+    """Update by torch's operations what kernels do not fit, and return the rest, if there is any."""
     if not all(fits):
         single_tensor(work.only([index for index, fit in enumerate(fits) if not fit]))
     chosen = [index for index, fit in enumerate(fits) if fit]
-    if not chosen:
-        return
-    from stac_optimizer.optim.signum.triton import fused_signum  # noqa: PLC0415 - triton is not everywhere
+    return work.only(chosen) if chosen else None
 
-    work = work.only(chosen)
+
+def by_triton(work: SignUpdate) -> None:
+    """Update parameters of one device and dtype in one launch; those that it does not fit by torch's operations."""
+    fits = [fits_triton(work.lists.at(index), param, work.group) for index, param in enumerate(work.params)]
+    fitting = _only_fitting(work, fits)
+    if fitting is None:
+        return
+    from stac_optimizer.optim.signum.fused.triton import fused_signum  # noqa: PLC0415 - triton is not everywhere
+
+    work = fitting
     lists = work.lists
     device = lists.params[0].device
     coefficients = work.coefficients(device)
@@ -90,19 +118,27 @@ def by_triton(work: SignUpdate) -> None:
 
 
 def fits_triton(tensors: Tensors, param: Tensor, group: Group) -> bool:
-    """Whether Triton's kernels, which walk memory, can update a parameter.
+    """Whether Triton's kernels can update a parameter, whose gradient is brought into its layout.
 
     Args:
-        tensors: what of it and of its state is on this rank; the gradient does not matter.
-        param: the parameter itself; means over shards are not for one launch.
+        tensors: what of it and of its state is on this rank.
+        param: the parameter itself.
         group: its group.
     """
-    if (group["cautious"] and is_sharded(param)) or not all(map(has_data, tensors.written())):
+    has_whole_blocks = tensors.scale is None or matrix_shape(tensors.param)[1] % BLOCK == 0
+    fits = has_whole_blocks and _fits(tensors, tensors.written(), param, group)
+    return fits and not _is_wider(tensors.state, tensors.param)
+
+
+def _fits(tensors: Tensors, walked: Sequence[Tensor], param: Tensor, group: Group) -> bool:
+    """Whether kernels can walk the memory of these, element for element; means over shards are none of theirs."""
+    if (group["cautious"] and is_sharded(param)) or not all(map(has_data, walked)):
+        return False
+    if any(map(has_own_operations, walked)):
         return False
     if tensors.scale is not None:
-        return has_whole_blocks([*tensors.written(), tensors.scale])
-    is_alike = all(has_layout_of(average, tensors.param) for average in tensors.state)
-    return is_dense(tensors.param) and is_alike and not _is_wider(tensors.state, tensors.param)
+        return all(map(Tensor.is_contiguous, [*walked, tensors.scale]))
+    return is_dense(tensors.param) and all(has_layout_of(tensor, tensors.param) for tensor in walked)
 
 
 def _is_wider(tensors: Sequence[Tensor], param: Tensor) -> bool:
