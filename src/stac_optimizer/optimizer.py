@@ -22,7 +22,7 @@ from stac_optimizer.stepping.ambient import check_writable, copies_for_backward,
 from stac_optimizer.stepping.checks import check_capture, check_scaler, check_step, only_makes_state
 from stac_optimizer.stepping.copies import has_foreign, step_by_copies, try_kinds
 from stac_optimizer.stepping.failures import Attempt
-from stac_optimizer.stepping.gathering import Declared, resolved, states_of_kind, with_state
+from stac_optimizer.stepping.gathering import Declared, resolved, states_of_kind, take_at_once, with_state
 from stac_optimizer.stepping.release import GradientRelease
 from stac_optimizer.stepping.voting import check_on_all_ranks, share_gradients_, warn_of_equal_gradients
 from stac_optimizer.validation import mapping, warn
@@ -380,6 +380,12 @@ class RuleOptimizer(Optimizer):
         if remembered is None or remembered[0] != told or len(remembered[1]) != len(group["params"]):
             remembered = self._declared[start] = (told, [None] * len(group["params"]))
         declared = remembered[1]
+        kind = take_at_once(group["params"], declared, self.state, grads, states)
+        if kind is not None:
+            params += group["params"]
+            positions += range(start, start + len(params))
+            kinds += [kind] * len(params)
+            return
         for index, param in enumerate(group["params"]):
             grad = param.grad
             state = self.state[param]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from stac_optimizer.rule import Group, Rule
 
-__all__ = ["Declared", "resolved", "states_of_kind", "with_state"]
+__all__ = ["Declared", "resolved", "states_of_kind", "take_at_once", "with_state"]
 
 
 class Declared(NamedTuple):
@@ -40,6 +40,46 @@ def with_state(
             made.append((param, tensor.key))
     keys = [(rule.state_keys.index(tensor.key), tensor.key) for tensor in tensors]
     return Declared(param, sum(1 << place for place, _ in keys), keys, keys[-1][1])
+
+
+def take_at_once(
+    params: Sequence[Tensor],
+    declared: Sequence[Declared | None],
+    state: Mapping[Tensor, Mapping[str, Tensor]],
+    grads: list[Tensor],
+    states: Sequence[list[Tensor]],
+) -> int | None:
+    """Gather gradients and state list by list, as in most steps can be done.
+
+    Args:
+        params: of a group.
+        declared: what is remembered of each.
+        state: of all parameters.
+        grads: take the gradients.
+        states: take the state, by the places of the rule's keys.
+
+    Returns:
+        Which keys all have. None, and nothing is taken, where a parameter has no gradient, or other state than the
+        first, or some of it is to be made.
+    """
+    first = declared[0] if declared else None
+    if first is None:
+        return None
+    kind = first.kind
+    pairs = zip(params, declared, strict=True)
+    are_alike = all(known is not None and known.param is param and known.kind == kind for param, known in pairs)
+    given = [param.grad for param in params]
+    if not are_alike or any(grad is None for grad in given):
+        return None
+    held = [state[param] for param in params]
+    try:
+        taken = [[each[key] for each in held] for _, key in first.keys]
+    except KeyError:
+        return None
+    grads += cast("list[Tensor]", given)
+    for (place, _), tensors in zip(first.keys, taken, strict=True):
+        states[place].extend(tensors)
+    return kind
 
 
 def resolved(grads: list[Tensor]) -> list[Tensor]:

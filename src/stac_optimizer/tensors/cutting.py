@@ -48,10 +48,8 @@ def units(lists: Lists, *, pack: bool = True, numel: int | None = None) -> Itera
     """
     is_whole = is_recorded()
     packed = _packable(lists) if pack and not is_whole else {}
-    are_packed = {index for members in packed.values() for index in members}
-    for index in range(len(lists.params)):
-        if index in are_packed:
-            continue
+    rest = set(range(len(lists.params))).difference(*packed.values())
+    for index in sorted(rest):
         tensors = lists.at(index)
         most = tensors.param.numel() if is_whole else numel or block_numel(tensors.param)
         if tensors.scale is not None and is_whole:
@@ -68,24 +66,18 @@ def units(lists: Lists, *, pack: bool = True, numel: int | None = None) -> Itera
         for some in filled(members, [lists.params[index].numel() for index in members], full):
             if len(some) == 1:
                 yield Unit([[_whole(lists.at(some[0]))]], tuple(some))
-                continue
-            pieces = _Pack(lists.only(some))
-            yield Unit([pieces], tuple(some), tuple(pieces.sizes))
+            else:
+                pieces = _Pack(lists.only(some))
+                yield Unit([pieces], tuple(some), tuple(pieces.sizes))
 
 
 def _packable(lists: Lists) -> dict[tuple[torch.dtype, ...], list[int]]:
     """Positions of small parameters that can share units, by dtypes; list by list, for there may be thousands."""
     if lists.scales is not None:
         return {}
-    fits = [
-        small and all(contiguous)
-        for small, *contiguous in zip(
-            [param.numel() <= PACK_NUMEL and param.is_cpu for param in lists.params],
-            *(map(Tensor.is_contiguous, tensors) for tensors in lists.flat()),
-            strict=True,
-        )
-    ]
-    positions = [index for index, fit in enumerate(fits) if fit]
+    positions = [index for index, param in enumerate(lists.params) if param.numel() <= PACK_NUMEL and param.is_cpu]
+    if not all(all(map(Tensor.is_contiguous, tensors)) for tensors in lists.flat()):
+        positions = [index for index in positions if all(tensors[index].is_contiguous() for tensors in lists.flat())]
     if all(len({tensor.dtype for tensor in tensors}) == 1 for tensors in lists.flat()):
         return {(): positions}
     packed: dict[tuple[torch.dtype, ...], list[int]] = {}

@@ -12,13 +12,19 @@ __all__ = ["has_layout_of", "in_layout_of", "indices_by_device_and_dtype", "is_d
 
 def indices_by_device_and_dtype(tensorlists: Sequence[Sequence[Tensor]]) -> list[list[int]]:
     """Group positions whose tensors, list for list, share device and dtype: what one foreach call can take."""
-    if all(len({(tensor.device, tensor.dtype) for tensor in tensors}) == 1 for tensors in tensorlists):
+    if all(map(_are_of_one_kind, tensorlists)):
         return [list(range(len(tensorlists[0])))]
     groups: dict[tuple[object, ...], list[int]] = {}
     for index, tensors in enumerate(zip(*tensorlists, strict=True)):
         key = tuple((tensor.device, tensor.dtype) for tensor in tensors)
         groups.setdefault(key, []).append(index)
     return list(groups.values())
+
+
+def _are_of_one_kind(tensors: Sequence[Tensor]) -> bool:
+    if len({tensor.dtype for tensor in tensors}) != 1:
+        return False
+    return all(tensor.is_cpu for tensor in tensors) or len({tensor.device for tensor in tensors}) == 1
 
 
 def real_views(tensors: list[Tensor]) -> list[Tensor]:

@@ -77,7 +77,7 @@ class _UnitStep:
 
     @property
     def _numel(self) -> int:
-        return sum([self._work.lists.params[member].numel() for member in self._unit.members])
+        return sum(self._unit.sizes) or self._work.lists.params[self._unit.members[0]].numel()
 
     def _of_parts(self, run: Callable[[Iterable[Piece], Scratch], None]) -> list[Task]:
         parts = self._unit.parts
