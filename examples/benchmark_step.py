@@ -11,10 +11,9 @@ A large copy and a large negation in place take turns with them and tell the ban
 writing each byte once. Most CPUs also read the lines of a copy's target before they write them, so what works in place
 outdoes the copy there.
 
-The first step makes state and compiles what is compiled; compilations that inductor's cache on disk or an earlier
-contestant of the same run already holds are cheap. The second tells the memory: on CUDA by the allocator's statistics,
-on the CPU by replaying what torch's profiler saw allocated and freed, in the thread that steps and in tasks of the
-thread pools that the step gives work to.
+The first step makes state and compiles what is compiled; what an earlier contestant or run has compiled is kept on disk.
+The second tells the memory: on CUDA by the allocator's statistics, on the CPU by replaying what torch's profiler saw
+allocated and freed, in the thread that steps and in tasks of the thread pools that the step gives work to.
 
 ``--busy 4`` times all once more, with four processes beside that do nothing but keep the cores busy, as workers that
 load data do: a third of the rounds and of the budget, for a step may take many times as long. A single step, however

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from stac_optimizer import STAC
-from stac_optimizer.optim.signum import fused as fused_paths
+from stac_optimizer.optim.signum.fused import devices as fused_paths
 from stac_optimizer.tensors import cutting
 from tests.stack.soak_cases import CASES, DECAY, LR, Bounded, Case, Gradients
 from tests.stack.twins import Alone, Reference, Tally, Twin
@@ -107,7 +107,7 @@ def kernels_for_small_tensors(case: Case) -> Iterator[None]:
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(cutting, "PACK_NUMEL", 0))
         if case.way == "triton":
-            patches.enter_context(mock.patch.object(fused_paths, "step_compiled", fused_paths.by_triton))
+            patches.enter_context(mock.patch.object(fused_paths, "by_cpp", fused_paths.by_triton))
         yield
 
 

@@ -15,8 +15,8 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from stac_optimizer.optim.signum import triton as host
-from stac_optimizer.optim.signum import triton_kernels
+from stac_optimizer.optim.signum.fused import triton as host
+from stac_optimizer.optim.signum.fused import triton_kernels
 
 LOW = torch.bfloat16
 

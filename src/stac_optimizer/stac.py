@@ -101,8 +101,8 @@ class STAC(RuleOptimizer):
             the gradients and one synchronization a step. Otherwise the weight becomes NaN, as AdamW's would. Under a
             GradScaler, which skips such steps itself, it has nothing to do.
         foreach: update lists of tensors at once. None: where torch would, that is on CUDA.
-        fused: one pass over memory. The cap gets torch's fused kernel; the trunk on the CPU a kernel that torch.compile
-            makes at the first step, which takes seconds and a C++ compiler (without one a warning says that the default
+        fused: one pass over memory. The cap gets torch's fused kernel; the trunk on the CPU one that a C++ compiler
+            makes at the first step and that is kept for later runs (without a compiler a warning says that the default
             path runs), on CUDA one Triton launch for all its tensors. Excludes ``foreach`` and ``differentiable``. A
             GradScaler hands over its scale instead of unscaling gradients; on CUDA the kernels themselves skip a step
             with an infinite one.

@@ -163,21 +163,12 @@ def test_every_flag_steps_the_same_inside(
     assert_same_bits(run(context, dtype, constructs=True, **path, **arguments), expected, "constructed inside")
 
 
-# One of each kind, for to compile takes seconds.
-OF_KERNELS = ("autocast-float16", "dtype-float64", "device-meta", "inference", "deterministic", "anomaly", "dispatches")
-
-
-# torch 2.6 warns of its own configuration while it logs what it compiles.
-@pytest.mark.filterwarnings("ignore:Skipping serialization:UserWarning")
-@pytest.mark.slow
-def test_compiled_kernels_step_the_same_inside(monkeypatch: pytest.MonkeyPatch) -> None:
-    set_units(monkeypatch)  # with which even small tensors get compiled kernels
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_kernels_step_the_same_inside(name: str) -> None:
     arguments: dict[str, Any] = {"last_n_layers": 0, "fused": True, "trunk_cautious": True, "stochastic_rounding": True}
     arguments |= {"trunk_state_dtype": torch.int8}
     expected = run(nullcontext, torch.bfloat16, constructs=False, **arguments)
-    for name in OF_KERNELS:
-        torch._dynamo.reset()  # some have kernels of their own, and dynamo gives up on more than eight of a function
-        assert_same_bits(run(CONTEXTS[name], torch.bfloat16, constructs=False, **arguments), expected, name)
+    assert_same_bits(run(CONTEXTS[name], torch.bfloat16, constructs=False, **arguments), expected, name)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stac_optimizer import STAC
 from stac_optimizer.optim import AdamW, Signum
-from stac_optimizer.optim.signum import fused as fused_paths
+from stac_optimizer.optim.signum.fused import devices as fused_paths
 from stac_optimizer.optimizer import RuleOptimizer
 from tests.rule_cases import RULE_CASES, RuleCase, random_gradients, step_with, zoo
 from tests.support import assert_same_bits, set_gradients, wide_model
@@ -103,7 +103,7 @@ def test_step_that_torch_compiles(arguments: dict[str, Any]) -> None:
 @pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:Conversion of an array:DeprecationWarning")
 def test_triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
-    monkeypatch.setattr(fused_paths, "step_compiled", fused_paths.by_triton)
+    monkeypatch.setattr(fused_paths, "by_cpp", fused_paths.by_triton)
     runs = []
     for dtype in (torch.bfloat16, torch.float32):
         params = {"weight": nn.Parameter(torch.ones(16, 128))}

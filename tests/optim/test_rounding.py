@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from stac_optimizer import STAC
 from stac_optimizer.optim import Lion, Signum
 from stac_optimizer.tensors import rounding
+from stac_optimizer.tensors.pieces import Piece, Tensors, Unit
 from tests.optim.comparisons import UNITS, Held, assert_equal_under_units, assert_traced_equals_eager
 from tests.rule_cases import random_gradients, step_with, zoo
 from tests.runs import Run, assert_equal_runs, stepped, through_file_into
@@ -52,7 +53,8 @@ each_kind = pytest.mark.parametrize("kind", ROLES)
 def noise(numel: int, *, seed: int = 0, position: int = 0, step: int = 1, kind: int = 0) -> Tensor:
     """The noise of one parameter in one step."""
     noise_seed = rounding.noise_seeds(seed, [position], torch.tensor([float(step)]), kind=kind)
-    return rounding.noise_of_run(torch.empty(numel), noise_seed[0])
+    piece = Piece(Tensors(torch.empty(numel), torch.empty(numel)))
+    return rounding.noise_of(piece, Unit([[piece]], (0,)), noise_seed)
 
 
 def rounded(values: Tensor, noise: Tensor) -> Tensor:

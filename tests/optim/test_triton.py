@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from stac_optimizer import STAC
-from stac_optimizer.optim.signum import fused as fused_paths
+from stac_optimizer.optim.signum.fused import devices as fused_paths
 from stac_optimizer.tensors import codes
 from tests.rule_cases import random_gradients, step_with, zoo
 from tests.support import assert_same_bits
@@ -29,8 +29,8 @@ pytest.importorskip("triton")
 import triton.language as tl
 from triton.runtime import interpreter
 
-from stac_optimizer.optim.signum import triton_kernels
-from stac_optimizer.optim.signum.triton import fused_signum
+from stac_optimizer.optim.signum.fused import triton_kernels
+from stac_optimizer.optim.signum.fused.triton import fused_signum
 
 # The interpreter computes with numpy, which warns of NaN and infinity, and that of Triton 3.2 in a way deprecated now.
 pytestmark = pytest.mark.filterwarnings(
@@ -333,7 +333,7 @@ def test_rule_gives_the_kernel_what_it_fits_and_the_default_path_the_rest(
     arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All layouts, and short blocks: equal by bits to the default path."""
-    monkeypatch.setattr(fused_paths, "step_compiled", fused_paths.by_triton)
+    monkeypatch.setattr(fused_paths, "by_cpp", fused_paths.by_triton)
     runs = []
     for fused in (None, True):
         params = {

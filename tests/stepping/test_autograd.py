@@ -14,7 +14,7 @@ from torch.distributed.tensor import Replicate, Shard
 
 from stac_optimizer import STAC, MajorityVote
 from stac_optimizer.optim import AdamW, Lion, Muon, Signum
-from stac_optimizer.optim.signum import fused as fused_paths
+from stac_optimizer.optim.signum.fused import devices as fused_paths
 from tests.rule_cases import RULE_CASES, RuleCase, zoo
 from tests.runs import process_group, train
 from tests.sharded import distributed
@@ -98,7 +98,7 @@ def test_fused_step_under_a_grad_scaler() -> None:
 def test_triton_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """They write to addresses, of which autograd knows nothing."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(fused_paths, "step_compiled", fused_paths.by_triton)
+    monkeypatch.setattr(fused_paths, "by_cpp", fused_paths.by_triton)
     params = {"weight": nn.Parameter(torch.randn(16, 128))}
     assert_backward_raises_after(Signum(list(params.items()), fused=True).step, params)
 

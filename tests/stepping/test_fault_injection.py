@@ -252,15 +252,6 @@ def test_where_writes_leave_no_trace_more_is_told_than_was_changed(case: str) ->
     assert not all(are_unchanged)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ["fused", "rounding-fused"])
-def test_failing_operation_around_compiled_kernels(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, twin, other = begun(case), begun(case), begun(case)
-    set_units(monkeypatch, pack=80)
-    other.optimizer.step()  # which compiles
-    assert any(fail_everywhere(run, twin, FailsAt))
-
-
 def test_failing_scaled_step_is_told_and_leaves_nothing_of_the_scaler() -> None:
     run = begun("fused")
     before = run.held()

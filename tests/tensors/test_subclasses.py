@@ -121,7 +121,7 @@ def test_rule_steps_as_on_plain_tensors(case: RuleCase, kind: type[Wrapped], mon
     """Under blocks and packs that would cut and join them, did they bear it."""
     for dtype in (torch.float32, torch.bfloat16):
         for path in case.paths:
-            set_units(monkeypatch, block=100, pack=1000 if path == "fused" else 50)  # no compiled kernel
+            set_units(monkeypatch, block=100, pack=50)
             wrapped, plain = case.taken(params_of(kind, dtype)), case.taken(params_of(None, dtype))
             # Without a plain copy to run them on, other paths leave such parameters to the single-tensor one.
             like = "single" if kind is Generic and not case.agrees_by_bits else path

@@ -85,7 +85,7 @@ def take_at_once(
 def resolved(grads: list[Tensor]) -> list[Tensor]:
     """Gradients without the bit by which torch puts off to negate them, as of the imaginary parts of conjugates.
 
-    What walks memory, as compiled and fused kernels do, would not see it. Nor does torch.compile, of anything.
+    What walks memory, as fused kernels do, would not see it. Nor does torch.compile, of anything.
     """
     if not torch.compiler.is_compiling() and any(map(Tensor.is_neg, grads)):
         return [grad.resolve_neg() for grad in grads]

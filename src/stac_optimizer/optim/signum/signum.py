@@ -207,7 +207,7 @@ class Signum(RuleOptimizer):
         vote: a :class:`stac_optimizer.MajorityVote`: ranks vote on steps instead of averaging gradients. Excludes
             ``cautious``, ``capturable`` and ``differentiable``.
         **flags: see :class:`stac_optimizer.rule.Flags`. ``fused=True``: one pass over memory, on the CPU by a kernel
-            that torch.compile makes at the first step, on CUDA by one Triton launch.
+            that a C++ compiler makes at the first step, on CUDA by one Triton launch.
 
     State: ``step`` (0-dim float32), ``exp_avg`` (as the weight, or in ``state_dtype``; absent at momentum 0),
     ``exp_avg_scale`` (float32, rows x blocks, with codes).
