@@ -11,7 +11,7 @@ A large copy and a large negation in place take turns with them and tell the ban
 writing each byte once. Most CPUs also read the lines of a copy's target before they write them, so what works in place
 outdoes the copy there.
 
-The first step makes state and compiles what is compiled; what an earlier contestant or run has compiled is kept on disk.
+The first step makes state and compiles what is compiled, unless an earlier contestant or run has: it is kept on disk.
 The second tells the memory: on CUDA by the allocator's statistics, on the CPU by replaying what torch's profiler saw
 allocated and freed, in the thread that steps and in tasks of the thread pools that the step gives work to.
 

@@ -35,7 +35,11 @@ def can_walk(tensors: Iterable[Tensor]) -> bool:
 
     What watches, such as a counter of operations or a dry run, sees those of torch alone.
     """
-    return not has_dispatch_modes() and all(map(has_data, tensors))
+    if has_dispatch_modes():
+        return False
+    tensors = list(tensors)  # looked at by their types, for there may be thousands
+    are_fake = any(issubclass(kind, FakeTensor) for kind in set(map(type, tensors)))
+    return not (are_fake or any(tensor.is_meta for tensor in tensors))
 
 
 def has_own_operations(tensor: Tensor) -> bool:

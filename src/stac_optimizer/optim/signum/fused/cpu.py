@@ -109,8 +109,13 @@ def step_on_cpu(work: SignUpdate, kernels: CPUKernels) -> None:
     """Update parameters of one dtype, whose tensors lie in memory alike and without gaps."""
     lists = work.lists
     numels = [param.numel() for param in lists.params]
-    columns = numels if lists.scales is None else [codes.matrix_shape(param)[1] for param in lists.params]
-    blocks = [numel // max(1, width) * -(-width // codes.BLOCK) for numel, width in zip(numels, columns, strict=True)]
+    if lists.scales is None:
+        columns, blocks = numels, [-(-numel // codes.BLOCK) for numel in numels]
+    else:
+        columns, blocks = (
+            [codes.matrix_shape(param)[1] for param in lists.params],
+            list(map(Tensor.numel, lists.scales)),
+        )
     held = _Held()
     coefficients = work.coefficients(CPU)
     given = _Work(

@@ -64,9 +64,9 @@ def by_cpp(work: SignUpdate) -> None:
     if kernels is None:
         single_tensor(work)
         return
-    # Asked list by list, for there may be thousands.
+    # Asked list by list, for there may be thousands. Of DTensors none is.
     lists = [*work.lists.flat(), work.lists.scales or ()]
-    if work.group["cautious"] or not all(map(_are_plain, lists)):
+    if not all(map(_are_plain, lists)) or (work.group["cautious"] and not _are_plain(work.params)):
         held = map(work.lists.at, range(len(work.params)))
         fits = [_fits(each, each.flat(), param, work.group) for each, param in zip(held, work.params, strict=True)]
         fitting = _only_fitting(work, fits)
