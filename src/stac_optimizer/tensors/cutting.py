@@ -48,8 +48,10 @@ def units(lists: Lists, *, pack: bool = True, numel: int | None = None) -> Itera
     """
     is_whole = is_recorded()
     packed = _packable(lists) if pack and not is_whole else {}
-    rest = set(range(len(lists.params))).difference(*packed.values())
-    for index in sorted(rest):
+    are_packed = {index for members in packed.values() for index in members}
+    for index in range(len(lists.params)):
+        if index in are_packed:
+            continue
         tensors = lists.at(index)
         most = tensors.param.numel() if is_whole else numel or block_numel(tensors.param)
         if tensors.scale is not None and is_whole:
