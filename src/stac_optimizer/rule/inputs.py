@@ -45,9 +45,13 @@ class StepInputs(NamedTuple):
         """The same of the parameters at these places."""
         if len(chosen) == len(self.params):
             return self
-        return self._replace(
-            params=[self.params[index] for index in chosen],
-            grads=[self.grads[index] for index in chosen],
-            states={key: [tensors[index] for index in chosen] for key, tensors in self.states.items()},
-            positions=[self.positions[index] for index in chosen] if self.positions else (),
+        return StepInputs(  # torch.compile of torch 2.6 knows no _replace
+            self.group,
+            [self.params[index] for index in chosen],
+            [self.grads[index] for index in chosen],
+            {key: [tensors[index] for index in chosen] for key, tensors in self.states.items()},
+            self.grad_scale,
+            [self.positions[index] for index in chosen] if self.positions else (),
+            self.found_inf,
+            self.voters,
         )
