@@ -35,7 +35,6 @@ from torch import Tensor, nn, optim
 
 from stac_optimizer import STAC
 from stac_optimizer.optim.signum.fused import devices as fused_paths
-from stac_optimizer.tensors import cutting
 from tests.stack.soak_cases import CASES, DECAY, LR, Bounded, Case, Gradients
 from tests.stack.twins import Alone, Reference, Tally, Twin
 
@@ -101,14 +100,11 @@ HEADER = (
 )
 
 
-@contextlib.contextmanager
-def kernels_for_small_tensors(case: Case) -> Iterator[None]:
-    """Let fused=True run kernels on a tiny model: on the CPU compiled ones, else Triton's."""
-    with contextlib.ExitStack() as patches:
-        patches.enter_context(mock.patch.object(cutting, "PACK_NUMEL", 0))
-        if case.way == "triton":
-            patches.enter_context(mock.patch.object(fused_paths, "by_cpp", fused_paths.by_triton))
-        yield
+def kernels_of(case: Case) -> contextlib.AbstractContextManager[Any]:
+    """Let fused=True run Triton's kernels on the CPU where the case wants them."""
+    if case.way == "triton":
+        return mock.patch.object(fused_paths, "by_cpp", fused_paths.by_triton)
+    return contextlib.nullcontext()
 
 
 class Run:
@@ -191,7 +187,7 @@ def soak(case: Case, steps: int) -> Row:
     Raises:
         AssertionError: what differs from the reference, or has grown.
     """
-    with kernels_for_small_tensors(case), warnings.catch_warnings():
+    with kernels_of(case), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's about its own compiler
         run = Run(case)
         every, tenth = max(1, steps // CHECKS), max(2, min(steps // 10, 1000))

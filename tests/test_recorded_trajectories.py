@@ -24,9 +24,6 @@ from torch import Tensor, nn
 
 from stac_optimizer import STAC, last_layers, norms
 
-# torch 2.6 warns of its own configuration while it logs what it compiles.
-pytestmark = pytest.mark.filterwarnings("ignore:Skipping serialization:UserWarning")
-
 RECORDED = Path(__file__).with_name("data") / "trajectories.json"
 STEPS = 12
 LR = 0.03
@@ -56,14 +53,12 @@ class Case:
         dtype: of the model.
         channels_last: whether the convolution's weight lies so.
         paths: those that are recorded.
-        compiles: whether the fused path is among the tests; each variant compiles for seconds, the first for ten.
     """
 
     arguments: Callable[[], dict[str, Any]] = field(default=dict)
     dtype: torch.dtype = torch.float32
     channels_last: bool = False
     paths: tuple[str, ...] = tuple(PATHS)
-    compiles: bool = False
 
     @property
     def recorded_roles(self) -> tuple[str, ...]:
@@ -75,20 +70,19 @@ class Case:
         return STAC(model, **{"lr": LR, **self.arguments(), **PATHS[path]})
 
 
-def _case(dtype: torch.dtype = torch.float32, *, compiles: bool = False, **arguments: Any) -> Case:
-    return Case(arguments=lambda: dict(arguments), dtype=dtype, compiles=compiles)
+def _case(dtype: torch.dtype = torch.float32, **arguments: Any) -> Case:
+    return Case(arguments=lambda: dict(arguments), dtype=dtype)
 
 
-FIRST_COMPILED = "weight-decay"
 BFLOAT16 = torch.bfloat16
 ROUNDING: dict[str, Any] = {"stochastic_rounding": True, "rounding_seed": 5, "weight_decay": 0.1}
 CASES: Mapping[str, Case] = {
     "default": _case(),
-    "weight-decay": _case(weight_decay=0.1, compiles=True),
+    "weight-decay": _case(weight_decay=0.1),
     "decay-and-lr-of-roles": _case(trunk_lr=0.011, cap_lr=0.017, trunk_weight_decay=0.3, cap_weight_decay=0.2),
     "momentum-0": _case(trunk_momentum=0.0, weight_decay=0.1),
     "momentum-0.5-maximize": _case(trunk_momentum=0.5, maximize=True),
-    "cautious": _case(trunk_cautious=True, weight_decay=0.1, compiles=True),
+    "cautious": _case(trunk_cautious=True, weight_decay=0.1),
     "cautious-maximize": _case(trunk_cautious=True, maximize=True),
     "cautious-momentum-0": _case(trunk_cautious=True, trunk_momentum=0.0),
     "state-bfloat16": _case(trunk_state_dtype=BFLOAT16),
@@ -97,7 +91,7 @@ CASES: Mapping[str, Case] = {
     "bfloat16": _case(BFLOAT16, weight_decay=0.1),
     "bfloat16-cautious": _case(BFLOAT16, trunk_cautious=True),
     "bfloat16-rounding": _case(BFLOAT16, **ROUNDING),
-    "bfloat16-rounding-int8": _case(BFLOAT16, **ROUNDING, trunk_state_dtype=torch.int8, compiles=True),
+    "bfloat16-rounding-int8": _case(BFLOAT16, **ROUNDING, trunk_state_dtype=torch.int8),
     "bfloat16-rounding-cautious": _case(BFLOAT16, **ROUNDING, trunk_cautious=True, amsgrad=True),
     "float16": _case(torch.float16, weight_decay=0.1, eps=1e-3),
     "float64": _case(torch.float64, weight_decay=0.1),
@@ -266,17 +260,7 @@ def recorded() -> dict[str, Any]:
     return cases
 
 
-TESTED = [
-    pytest.param(
-        name, path, id=f"{name}-{path}", marks=[pytest.mark.slow] if path == "fused" and name != FIRST_COMPILED else []
-    )
-    for name, case in CASES.items()
-    for path in case.paths
-    if path != "fused" or case.compiles
-]
-
-
-@pytest.mark.parametrize(("name", "path"), TESTED)
+@pytest.mark.parametrize(("name", "path"), [(name, path) for name, case in CASES.items() for path in case.paths])
 def test_trunk_is_as_recorded_and_cap_is_adamw(name: str, path: str) -> None:
     run, found = run_case(CASES[name], path)
     expected = recorded()[name]

@@ -15,9 +15,6 @@ from stac_optimizer.optimizer import RuleOptimizer
 from tests.rule_cases import RULE_CASES, RuleCase, random_gradients, step_with, zoo
 from tests.support import assert_same_bits, set_gradients, wide_model
 
-# torch 2.6 warns of its own configuration while it logs what it compiles.
-pytestmark = pytest.mark.filterwarnings("ignore:Skipping serialization:UserWarning")
-
 LOW = (torch.bfloat16, torch.float16)
 # What torch.tensor(1e-3) is under a bfloat16 default dtype; 1 - lr * 0.1 rounds to 1 in either.
 LR = 1e-3

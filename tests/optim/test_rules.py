@@ -163,8 +163,6 @@ def test_compiled_step_agrees(name: str, path: str) -> None:
     assert_traced_equals_eager(*held, by_bits=case.agrees_by_bits)
 
 
-# torch 2.6 warns of its own configuration while it logs what it compiles.
-@pytest.mark.filterwarnings("ignore:Skipping serialization:UserWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "dtype"),

@@ -20,9 +20,6 @@ from tests.runs import process_group, train
 from tests.sharded import distributed
 from tests.support import seeded_loss, set_gradients, small_model
 
-# torch 2.6 warns of its own configuration while it logs what it compiles.
-pytestmark = pytest.mark.filterwarnings("ignore:Skipping serialization:UserWarning")
-
 AFTER_THE_WRITE = "modified by an inplace operation"
 Params = Mapping[str, nn.Parameter]
 

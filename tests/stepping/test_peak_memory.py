@@ -27,11 +27,10 @@ CASES = [
     pytest.param("cap", torch.bfloat16, {"stochastic_rounding": True}, id="cap-rounding"),
     pytest.param("cap", torch.float32, {"foreach": True}, id="cap-foreach"),
     pytest.param("cap", torch.float32, {"fused": True}, id="cap-fused"),
-    pytest.param("trunk", torch.float32, {"fused": True}, id="trunk-fused", marks=pytest.mark.slow),
+    pytest.param("trunk", torch.float32, {"fused": True}, id="trunk-fused"),
 ]
 
 
-@pytest.mark.filterwarnings("ignore:Skipping serialization:UserWarning")
 @pytest.mark.parametrize(("role", "dtype", "arguments"), CASES)
 def test_step_on_a_large_tensor_holds_little_at_a_time(
     role: str, dtype: torch.dtype, arguments: dict[str, Any]
@@ -48,7 +47,6 @@ def test_step_on_a_large_tensor_holds_little_at_a_time(
     torch.testing.assert_close(weight.detach(), torch.full_like(weight, 0.75), rtol=0, atol=2.0**-8)
 
 
-@pytest.mark.slow
 def test_codes_that_kernels_cannot_walk_hold_little_under_fused() -> None:
     weight = nn.Parameter(torch.ones(1600, 8192, dtype=torch.bfloat16).t())
     groups = [{"params": [("w", weight)], "stac_role": "trunk"}]
@@ -58,7 +56,6 @@ def test_codes_that_kernels_cannot_walk_hold_little_under_fused() -> None:
     assert transient_bytes_of(optimizer.step, torch.device("cpu")) <= MOST
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("role", ["trunk", "cap"])
 def test_scaled_gradients_are_not_copied_whole(role: str) -> None:
     """As a GradScaler leaves them to a fused step. Cut in blocks, as torch's fused AdamW writes unscaled ones back."""
