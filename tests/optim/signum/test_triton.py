@@ -386,8 +386,8 @@ def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What the kernels compile to. In a process of its own: in one that interprets, Triton compiles nothing."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    command = [sys.executable, "-m", "tests.triton_ptx"]
-    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "tests.optim.signum.triton_ptx"]
+    root = Path(__file__).parents[3]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     compiled: dict[str, str] = json.loads(done.stdout)
