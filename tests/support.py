@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stac_optimizer import STAC
-from stac_optimizer.tensors import cutting, threads
+from stac_optimizer.tensors.units import cutting, threads
 
 
 def small_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequential:

@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 from stac_optimizer import STAC
 from stac_optimizer.optim import Lion
-from stac_optimizer.tensors import cutting
+from stac_optimizer.tensors.units import cutting
 from tests.ranks import run_ranks
 from tests.sharded import Gradients, assert_shards_step_as_whole, distributed, full, shard_each, shard_in_part
 from tests.support import assert_same_bits, wide_model

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from stac_optimizer import STAC
 from stac_optimizer.optim import Lion, Signum
 from stac_optimizer.tensors import rounding
-from stac_optimizer.tensors.pieces import Piece, Tensors, Unit
+from stac_optimizer.tensors.units.pieces import Piece, Tensors, Unit
 from tests.optim.comparisons import UNITS, Held, assert_equal_under_units, assert_traced_equals_eager
 from tests.rule_cases import random_gradients, step_with, zoo
 from tests.runs import Run, assert_equal_runs, stepped, through_file_into

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from stac_optimizer import STAC
 from stac_optimizer.optim import AdamW, Lion, Muon, Signum
 from stac_optimizer.optim.signum.fused.devices import fits_triton
-from stac_optimizer.tensors.pieces import Tensors
+from stac_optimizer.tensors.units.pieces import Tensors
 from tests.support import assert_same_bits, set_units, small_model, snapshot
 
 PATHS = {"single": {"foreach": False}, "foreach": {"foreach": True}, "fused": {"fused": True}}

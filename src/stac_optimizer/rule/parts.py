@@ -11,8 +11,8 @@ from torch import Tensor
 from stac_optimizer.distributed.shards import is_cut
 from stac_optimizer.rule.inputs import StepInputs
 from stac_optimizer.rule.moments import known_counts
-from stac_optimizer.tensors.cutting import block_numel, filled, rows, units
-from stac_optimizer.tensors.pieces import Lists, Piece, Unit, is_recorded
+from stac_optimizer.tensors.units.cutting import block_numel, filled, rows, units
+from stac_optimizer.tensors.units.pieces import Lists, Piece, Unit, is_recorded
 
 __all__ = ["Part", "cut_in_turns", "cut_parts", "in_one_part", "row_parts", "together", "whole_parts"]
 

@@ -23,10 +23,10 @@ from stac_optimizer.rule.state import count_step_
 from stac_optimizer.rule.wholes import Factors, Norms, Wholes
 from stac_optimizer.tensors import codes, rounding
 from stac_optimizer.tensors.layouts import indices_by_device_and_dtype
-from stac_optimizer.tensors.pieces import Lists, Piece, Tensors
 from stac_optimizer.tensors.precision import arithmetic_dtype, arithmetic_lr, unscaled
 from stac_optimizer.tensors.scratch import Scratch
-from stac_optimizer.tensors.threads import Task, run_all, shares
+from stac_optimizer.tensors.units.pieces import Lists, Piece, Tensors
+from stac_optimizer.tensors.units.threads import Task, run_all, shares
 
 __all__ = ["Measuring", "step_prepared"]
 

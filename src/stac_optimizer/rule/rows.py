@@ -9,8 +9,8 @@ from torch import Tensor
 
 from stac_optimizer.distributed.shards import row_sums_over_shards
 from stac_optimizer.rule.wholes import FEW
-from stac_optimizer.tensors.pieces import Unit
 from stac_optimizer.tensors.precision import widest_dtype
+from stac_optimizer.tensors.units.pieces import Unit
 
 __all__ = ["RowSums"]
 

@@ -15,8 +15,8 @@ from stac_optimizer.distributed.shards import (
     which_are_cut,
 )
 from stac_optimizer.tensors.kinds import has_data
-from stac_optimizer.tensors.pieces import Unit, is_recorded
 from stac_optimizer.tensors.precision import widest_dtype
+from stac_optimizer.tensors.units.pieces import Unit, is_recorded
 
 __all__ = ["Factors", "Norms", "Wholes"]
 

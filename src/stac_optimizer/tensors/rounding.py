@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from stac_optimizer.tensors import device_tables
-from stac_optimizer.tensors.pieces import Piece, Unit
+from stac_optimizer.tensors.units.pieces import Piece, Unit
 
 __all__ = ["counts", "noise_of", "noise_seeds", "round_into"]
 

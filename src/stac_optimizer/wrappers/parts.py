@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from stac_optimizer.distributed.shards import real_parts
-from stac_optimizer.tensors.cutting import block_numel, filled, units
 from stac_optimizer.tensors.layouts import indices_by_device_and_dtype
-from stac_optimizer.tensors.pieces import Lists, Tensors
+from stac_optimizer.tensors.units.cutting import block_numel, filled, units
+from stac_optimizer.tensors.units.pieces import Lists, Tensors
 
 __all__ = ["by_kind", "copy_all", "units_of_lists"]
 

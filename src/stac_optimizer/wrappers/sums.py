@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from stac_optimizer.distributed.shards import is_cut
-from stac_optimizer.tensors.cutting import block_numel, filled
 from stac_optimizer.tensors.precision import upcast, widest_dtype
+from stac_optimizer.tensors.units.cutting import block_numel, filled
 
 __all__ = ["places_of_alike", "products"]
 

@@ -11,11 +11,12 @@ from torch import Tensor
 from stac_optimizer.optim.adamw.shard_ends import ends_elsewhere, fused_on_shard
 from stac_optimizer.optim.adamw.update import AdamWUpdate, call_adamw
 from stac_optimizer.rule.state import count_step_
-from stac_optimizer.tensors import cutting, rounding
+from stac_optimizer.tensors import rounding
 from stac_optimizer.tensors.layouts import has_layout_of, in_layout_of, is_dense
-from stac_optimizer.tensors.pieces import Piece, Unit, is_recorded
 from stac_optimizer.tensors.scratch import Scratch
-from stac_optimizer.tensors.threads import Task, run_all, shares
+from stac_optimizer.tensors.units import cutting
+from stac_optimizer.tensors.units.pieces import Piece, Unit, is_recorded
+from stac_optimizer.tensors.units.threads import Task, run_all, shares
 
 __all__ = ["adamw_in_blocks", "fused_adamw", "is_walkable", "rounding_adamw"]
 

@@ -8,8 +8,8 @@ import torch
 
 from stac_optimizer.distributed.shards import is_sharded
 from stac_optimizer.optim.adamw.update import AdamWUpdate, call_adamw
-from stac_optimizer.tensors.pieces import Tensors
 from stac_optimizer.tensors.torch_private import local_shape_and_offsets
+from stac_optimizer.tensors.units.pieces import Tensors
 
 __all__ = ["ends_elsewhere", "fused_on_shard"]
 

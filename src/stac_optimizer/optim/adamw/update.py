@@ -12,8 +12,8 @@ from torch.optim.adamw import adamw
 
 from stac_optimizer.rule import Group
 from stac_optimizer.tensors.layouts import has_layout_of, in_layout_of
-from stac_optimizer.tensors.pieces import Tensors
 from stac_optimizer.tensors.precision import arithmetic_lr, downcast, unscaled
+from stac_optimizer.tensors.units.pieces import Tensors
 
 __all__ = ["AdamWUpdate", "call_adamw"]
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from stac_optimizer.rule import StateLists, TensorList
 from stac_optimizer.rule.moments import assign_, known_counts
-from stac_optimizer.tensors.cutting import PACK_NUMEL
 from stac_optimizer.tensors.kinds import has_own_operations
-from stac_optimizer.tensors.pieces import is_recorded
+from stac_optimizer.tensors.units.cutting import PACK_NUMEL
+from stac_optimizer.tensors.units.pieces import is_recorded
 
 __all__ = ["Work", "stackable"]
 

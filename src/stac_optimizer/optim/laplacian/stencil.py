@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from stac_optimizer.tensors.cutting import BLOCK_NUMEL
-from stac_optimizer.tensors.pieces import is_recorded
+from stac_optimizer.tensors.units.cutting import BLOCK_NUMEL
+from stac_optimizer.tensors.units.pieces import is_recorded
 
 __all__ = ["STENCILS", "diffuse_", "diffused_wholes", "has_neighbours"]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from stac_optimizer.optim.muon.newton_schulz import normalized, signs_of_stack
 from stac_optimizer.rule import Group
-from stac_optimizer.tensors.pieces import is_recorded
 from stac_optimizer.tensors.torch_private import has_fast_bfloat16
+from stac_optimizer.tensors.units.pieces import is_recorded
 
 __all__ = ["RATIOS", "dtype_of_products", "matrices_shape", "ratio_of", "rms_of", "signs_of_matrices"]
 

@@ -19,9 +19,9 @@ from stac_optimizer.rule import Group
 from stac_optimizer.rule.common import LEAST_MASK_MEAN
 from stac_optimizer.tensors import codes, rounding
 from stac_optimizer.tensors.kinds import has_data
-from stac_optimizer.tensors.pieces import Lists, Tensors, is_recorded
 from stac_optimizer.tensors.precision import arithmetic_lr, downcast, upcast
 from stac_optimizer.tensors.scratch import Scratch
+from stac_optimizer.tensors.units.pieces import Lists, Tensors, is_recorded
 
 __all__ = [
     "LEAST_MASK_MEAN",

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from stac_optimizer.optim.signum.arithmetic import Coefficients, SignUpdate, wider
-from stac_optimizer.tensors.cutting import buckets
 from stac_optimizer.tensors.layouts import indices_by_device_and_dtype
-from stac_optimizer.tensors.pieces import Lists
 from stac_optimizer.tensors.precision import foreach_downcast, foreach_upcast
+from stac_optimizer.tensors.units.cutting import buckets
+from stac_optimizer.tensors.units.pieces import Lists
 
 __all__ = ["multi_tensor"]
 

@@ -35,7 +35,7 @@ from stac_optimizer.rule.averages import (
 from stac_optimizer.rule.common import joined, warning_of_lost_steps
 from stac_optimizer.rule.state import count_step_
 from stac_optimizer.tensors import rounding
-from stac_optimizer.tensors.pieces import Lists
+from stac_optimizer.tensors.units.pieces import Lists
 from stac_optimizer.validation import boolean, one_of, unit_fraction
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from stac_optimizer.distributed.shards import is_sharded, sum_over_shards
 from stac_optimizer.optim.signum.arithmetic import LEAST_MASK_MEAN, SignUpdate, next_mask, update
-from stac_optimizer.tensors.cutting import units
-from stac_optimizer.tensors.pieces import Piece, Unit, copy_back, is_recorded
 from stac_optimizer.tensors.precision import arithmetic_dtype
 from stac_optimizer.tensors.rounding import noise_of
 from stac_optimizer.tensors.scratch import Scratch
-from stac_optimizer.tensors.threads import Task, run_all, shares
+from stac_optimizer.tensors.units.cutting import units
+from stac_optimizer.tensors.units.pieces import Piece, Unit, copy_back, is_recorded
+from stac_optimizer.tensors.units.threads import Task, run_all, shares
 
 __all__ = ["single_tensor"]
 

@@ -18,11 +18,11 @@ from stac_optimizer.distributed.ballots import Ballot
 from stac_optimizer.distributed.vote import Voters
 from stac_optimizer.optim.signum.arithmetic import SignUpdate, accumulate, move
 from stac_optimizer.tensors import codes, rounding
-from stac_optimizer.tensors.cutting import filled, units
 from stac_optimizer.tensors.layouts import in_layout_of, is_dense
-from stac_optimizer.tensors.pieces import Lists, Piece, Unit, copy_back, is_recorded
 from stac_optimizer.tensors.precision import arithmetic_dtype, downcast, upcast
 from stac_optimizer.tensors.scratch import Scratch
+from stac_optimizer.tensors.units.cutting import filled, units
+from stac_optimizer.tensors.units.pieces import Lists, Piece, Unit, copy_back, is_recorded
 
 __all__ = ["average_over_ranks", "by_vote"]
 

@@ -24,7 +24,7 @@ from stac_optimizer.optim.signum.fused.building import load_library
 from stac_optimizer.tensors import codes
 from stac_optimizer.tensors.precision import arithmetic_dtype
 from stac_optimizer.tensors.scratch import Scratch
-from stac_optimizer.tensors.threads import Shares, Task, run_all, shares
+from stac_optimizer.tensors.units.threads import Shares, Task, run_all, shares
 from stac_optimizer.validation import warn
 
 __all__ = ["kernels_for", "step_on_cpu"]

@@ -17,7 +17,7 @@ from stac_optimizer.rule import Group
 from stac_optimizer.tensors.codes import BLOCK, matrix_shape
 from stac_optimizer.tensors.kinds import PLAIN_TYPES, can_walk, has_data, has_own_operations
 from stac_optimizer.tensors.layouts import has_layout_of, in_layout_of, indices_by_device_and_dtype, is_dense
-from stac_optimizer.tensors.pieces import Tensors
+from stac_optimizer.tensors.units.pieces import Tensors
 
 __all__ = ["fused", "has_fused", "skips_by_itself"]
 

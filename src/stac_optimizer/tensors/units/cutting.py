@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from stac_optimizer.tensors import codes
-from stac_optimizer.tensors.coded_pieces import CodedRows, coded_parts
 from stac_optimizer.tensors.kinds import has_own_operations
 from stac_optimizer.tensors.layouts import has_layout_of, is_dense
-from stac_optimizer.tensors.pieces import Lists, Piece, Tensors, Unit, is_recorded
+from stac_optimizer.tensors.units.coded_pieces import CodedRows, coded_parts
+from stac_optimizer.tensors.units.pieces import Lists, Piece, Tensors, Unit, is_recorded
 
 __all__ = ["block_numel", "blocks", "buckets", "filled", "rows", "units"]
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from stac_optimizer.tensors.cutting import buckets, units
-from stac_optimizer.tensors.pieces import Lists, Piece
 from stac_optimizer.tensors.scratch import Scratch
+from stac_optimizer.tensors.units.cutting import buckets, units
+from stac_optimizer.tensors.units.pieces import Lists, Piece
 from tests.support import assert_same_bits, set_units
 
 LARGE = 1 << 40

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from torch import Tensor
 
 from stac_optimizer.tensors import codes
-from stac_optimizer.tensors.pieces import Piece, Tensors, Unit, copy_back
+from stac_optimizer.tensors.units.pieces import Piece, Tensors, Unit, copy_back
 
 __all__ = ["CodedRows", "coded_parts"]
 

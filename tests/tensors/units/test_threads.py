@@ -23,9 +23,9 @@ from torch import Tensor
 
 from benchmark_memory import transient_bytes_of
 from stac_optimizer.optim import AdamW, Adan, Signum
-from stac_optimizer.tensors import threads
 from stac_optimizer.tensors.scratch import Scratch
-from stac_optimizer.tensors.threads import SERIAL_NUMEL, Shares, Task, run_all, shares, threads_for
+from stac_optimizer.tensors.units import threads
+from stac_optimizer.tensors.units.threads import SERIAL_NUMEL, Shares, Task, run_all, shares, threads_for
 from tests.optim.test_ambient_contexts import Dispatching, Watching
 from tests.support import assert_same_bits, have_cores, set_units
 
@@ -58,7 +58,7 @@ def test_threads_of_others_keep_their_number_of_threads() -> None:
     """In a process of its own, in which nothing was shared out before."""
     script = """
         import threading, torch
-        from stac_optimizer.tensors.threads import Shares, Task, run_all
+        from stac_optimizer.tensors.units.threads import Shares, Task, run_all
         torch.set_num_threads(4)
         def of_new_thread():
             found = []
@@ -323,7 +323,7 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
     """In a process of its own, for to fork one with threads draws a warning since Python 3.12."""
     script = """
         import os, torch
-        from stac_optimizer.tensors.threads import Shares, Task, run_all
+        from stac_optimizer.tensors.units.threads import Shares, Task, run_all
         ran = []
         run_all([Task(lambda scratch: ran.append(os.getpid()), 1)] * 4, Shares(2, 1))
         child = os.fork()

@@ -21,11 +21,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stac_optimizer.tensors import cutting
 from stac_optimizer.tensors.kinds import PLAIN_TYPES
-from stac_optimizer.tensors.pieces import is_recorded
 from stac_optimizer.tensors.scratch import Scratch
 from stac_optimizer.tensors.torch_private import has_dispatch_modes, has_function_modes
+from stac_optimizer.tensors.units import cutting
+from stac_optimizer.tensors.units.pieces import is_recorded
 
 __all__ = ["Shares", "Task", "run_all", "shares", "threads_for"]
 
