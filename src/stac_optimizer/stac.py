@@ -28,7 +28,7 @@ from stac_optimizer.roles.arguments import (
 )
 from stac_optimizer.roles.building import group_of_guest, group_of_rule, groups_of
 from stac_optimizer.roles.from_groups import partition_of
-from stac_optimizer.roles.guests import Guest
+from stac_optimizer.roles.guests.guest import Guest
 from stac_optimizer.roles.overrides import Overrides
 from stac_optimizer.roles.plan import ROLES, planned_as_given
 from stac_optimizer.roles.split import as_given, plans_of, warn_of_embeddings, without_arguments

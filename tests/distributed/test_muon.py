@@ -21,7 +21,7 @@ from stac_optimizer import named, vectors
 from stac_optimizer.optim import Muon
 from stac_optimizer.optim.muon import muon as muon_file
 from stac_optimizer.optim.muon.matrices import signs_of_matrices
-from stac_optimizer.rule import parts
+from stac_optimizer.rule.execution import parts
 from stac_optimizer.tensors.units import cutting
 from tests.distributed.test_fsdp2 import (
     even_model,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from stac_optimizer import STAC, biases
-from stac_optimizer.roles.object_graph import GraphReader, GraphWriter
+from stac_optimizer.roles.guests.object_graph import GraphReader, GraphWriter
 
 from ..support import assert_same_bits, set_gradients, through_file
 from .guests import LR, decaying, hosted, one_cycle, trajectory, two_layers

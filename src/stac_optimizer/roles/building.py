@@ -15,7 +15,7 @@ from stac_optimizer.groups.keys import (
     unshare_lr,
 )
 from stac_optimizer.roles.arguments import warn_of_empty_role
-from stac_optimizer.roles.guests import Guest
+from stac_optimizer.roles.guests.guest import Guest
 from stac_optimizer.roles.overrides import LR_RATIO, with_lr_of_ratio
 from stac_optimizer.roles.plan import ROLES, GroupPlan
 from stac_optimizer.roles.updater import Updater, fresh

@@ -19,9 +19,9 @@ from stac_optimizer.distributed.vote import MajorityVote
 from stac_optimizer.groups.given import RoleGroup
 from stac_optimizer.groups.keys import check_common, defaults_of, hyperparameters_of, refuse_unread_keys
 from stac_optimizer.optimizer import RuleOptimizer
-from stac_optimizer.roles.guests import MATRIX_CLASSES, Guest
+from stac_optimizer.roles.guests.guest import MATRIX_CLASSES, Guest
+from stac_optimizer.roles.guests.own_state import guest_of
 from stac_optimizer.roles.overrides import LR_RATIO
-from stac_optimizer.roles.own_state import guest_of
 from stac_optimizer.roles.plan import GroupPlan
 from stac_optimizer.rule import Rule
 

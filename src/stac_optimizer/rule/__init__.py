@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from stac_optimizer.rule.contract import Rule
+from stac_optimizer.rule.execution.wholes import Wholes
 from stac_optimizer.rule.hyperparameters import COMMON_HYPERPARAMETERS, Flags, Group, Hyperparameter
 from stac_optimizer.rule.inputs import StateLists, StepInputs, TensorList
 from stac_optimizer.rule.state import COUNTER, StateTensor
-from stac_optimizer.rule.wholes import Wholes
 
 __all__ = [
     "COMMON_HYPERPARAMETERS",

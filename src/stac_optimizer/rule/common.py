@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from stac_optimizer.distributed.shards import local_views
+from stac_optimizer.rule.execution.wholes import Wholes
 from stac_optimizer.rule.hyperparameters import Group
-from stac_optimizer.rule.wholes import Wholes
 from stac_optimizer.tensors.kinds import has_data, has_own_operations
 from stac_optimizer.tensors.precision import LOW_PRECISION
 

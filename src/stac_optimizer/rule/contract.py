@@ -12,11 +12,11 @@ from torch.nn import Parameter
 
 from stac_optimizer.distributed.shards import is_sharded, is_sharded_in_runs
 from stac_optimizer.distributed.vote import Voters
+from stac_optimizer.rule.execution.preparation import Measuring, step_prepared
+from stac_optimizer.rule.execution.wholes import Wholes
 from stac_optimizer.rule.hyperparameters import Group, Hyperparameter
 from stac_optimizer.rule.inputs import StateLists, StepInputs, TensorList
-from stac_optimizer.rule.preparation import Measuring, step_prepared
 from stac_optimizer.rule.state import StateTensor
-from stac_optimizer.rule.wholes import Wholes
 from stac_optimizer.tensors.kinds import is_fake
 from stac_optimizer.tensors.torch_private import is_foreach_faster
 

@@ -11,8 +11,8 @@ from typing import ClassVar
 import torch
 
 from stac_optimizer.rule import Group
-from stac_optimizer.wrappers.loading import Own
-from stac_optimizer.wrappers.parts import by_kind, copy_all
+from stac_optimizer.wrappers.base.loading import Own
+from stac_optimizer.wrappers.base.parts import by_kind, copy_all
 from stac_optimizer.wrappers.slow_weights import SlowWeights
 
 __all__ = ["Lookahead"]

@@ -19,10 +19,10 @@ from stac_optimizer.model.names import name_of
 from stac_optimizer.rule import Group
 from stac_optimizer.validation import Checker, boolean, mapping, non_negative, real, unit_fraction
 from stac_optimizer.wrappers import tuner
-from stac_optimizer.wrappers.loading import Own
-from stac_optimizer.wrappers.parts import by_kind
-from stac_optimizer.wrappers.refusals import refuse_own_operations, votes
-from stac_optimizer.wrappers.wrapper import Wrapper
+from stac_optimizer.wrappers.base.loading import Own
+from stac_optimizer.wrappers.base.parts import by_kind
+from stac_optimizer.wrappers.base.refusals import refuse_own_operations, votes
+from stac_optimizer.wrappers.base.wrapper import Wrapper
 
 __all__ = ["Mechanic", "mechanize"]
 

@@ -13,8 +13,8 @@ from stac_optimizer.rule import Group
 from stac_optimizer.tensors.precision import arithmetic_dtype, downcast, foreach_upcast, upcast, widest_dtype
 from stac_optimizer.tensors.units.cutting import BLOCK_NUMEL, filled
 from stac_optimizer.tensors.units.pieces import Lists
-from stac_optimizer.wrappers.loading import Own
-from stac_optimizer.wrappers.parts import by_kind, copy_all, units_of_lists
+from stac_optimizer.wrappers.base.loading import Own
+from stac_optimizer.wrappers.base.parts import by_kind, copy_all, units_of_lists
 from stac_optimizer.wrappers.slow_weights import SlowWeights
 
 __all__ = ["Scout"]

@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 from stac_optimizer.rule import Group
 from stac_optimizer.stepping.ambient import neutral
 from stac_optimizer.validation import Checker, count, real
-from stac_optimizer.wrappers.parts import copy_all
-from stac_optimizer.wrappers.refusals import refuse_own_operations
-from stac_optimizer.wrappers.wrapper import Wrapper
+from stac_optimizer.wrappers.base.parts import copy_all
+from stac_optimizer.wrappers.base.refusals import refuse_own_operations
+from stac_optimizer.wrappers.base.wrapper import Wrapper
 
 __all__ = ["SlowWeights"]
 

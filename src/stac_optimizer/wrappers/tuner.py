@@ -22,8 +22,8 @@ from stac_optimizer.distributed.shards import real_parts, sum_over_shards
 from stac_optimizer.rule import Group
 from stac_optimizer.tensors.precision import arithmetic_dtype, foreach_downcast, foreach_upcast, widest_dtype
 from stac_optimizer.tensors.units.pieces import Lists
-from stac_optimizer.wrappers.parts import by_kind, units_of_lists
-from stac_optimizer.wrappers.sums import places_of_alike, products
+from stac_optimizer.wrappers.base.parts import by_kind, units_of_lists
+from stac_optimizer.wrappers.base.sums import places_of_alike, products
 
 __all__ = ["SCALE", "first_numbers", "inner_product", "move_", "next_numbers"]
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from stac_optimizer.optimizer import RuleOptimizer
 from stac_optimizer.rule import COUNTER, Flags, Group, Hyperparameter, Rule, StateLists, StateTensor, TensorList, Wholes
 from stac_optimizer.rule.common import decay_
+from stac_optimizer.rule.execution.preparation import Measuring, step_prepared
 from stac_optimizer.rule.inputs import StepInputs
 from stac_optimizer.rule.moments import (
     add_scaled_,
@@ -23,7 +24,6 @@ from stac_optimizer.rule.moments import (
     denominators,
     descend_,
 )
-from stac_optimizer.rule.preparation import Measuring, step_prepared
 from stac_optimizer.tensors.device_tables import integers
 from stac_optimizer.validation import boolean, non_negative, pair_of_fractions
 

@@ -14,8 +14,8 @@ from stac_optimizer.distributed.shards import is_cut
 from stac_optimizer.optim.laplacian.stacks import Work, stackable
 from stac_optimizer.optim.laplacian.stencil import STENCILS, diffuse_, diffused_wholes, has_neighbours
 from stac_optimizer.rule import Group, Hyperparameter, Rule, StateLists, StepInputs, TensorList, Wholes
+from stac_optimizer.rule.execution.preparation import step_prepared
 from stac_optimizer.rule.moments import Factors
-from stac_optimizer.rule.preparation import step_prepared
 from stac_optimizer.tensors.units.cutting import block_numel, blocks
 from stac_optimizer.tensors.units.pieces import Lists, is_recorded
 from stac_optimizer.validation import boolean, count, non_negative, one_of

@@ -22,7 +22,7 @@ from stac_optimizer.distributed.shards import is_sharded
 from stac_optimizer.groups.foreign_state import tensors_in
 from stac_optimizer.rule import Group, Rule, StateTensor
 from stac_optimizer.rule.hyperparameters import EXCLUDED_FLAGS
-from stac_optimizer.wrappers.wrapper import Wrapper
+from stac_optimizer.wrappers.base.wrapper import Wrapper
 
 __all__ = ["MATRIX_CLASSES", "Guest", "GuestRule", "dry", "step_unseen", "without_data"]
 

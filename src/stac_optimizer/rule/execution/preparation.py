@@ -15,12 +15,20 @@ from torch import Tensor
 
 from stac_optimizer.distributed.dealing import ranks_to_deal_to
 from stac_optimizer.distributed.shards import real_parts, run_offset, which_are_cut
+from stac_optimizer.rule.execution.parts import (
+    Part,
+    cut_in_turns,
+    cut_parts,
+    in_one_part,
+    row_parts,
+    together,
+    whole_parts,
+)
+from stac_optimizer.rule.execution.rows import RowSums
+from stac_optimizer.rule.execution.wholes import Factors, Norms, Wholes
 from stac_optimizer.rule.hyperparameters import Group
 from stac_optimizer.rule.inputs import StateLists, StepInputs, TensorList
-from stac_optimizer.rule.parts import Part, cut_in_turns, cut_parts, in_one_part, row_parts, together, whole_parts
-from stac_optimizer.rule.rows import RowSums
 from stac_optimizer.rule.state import count_step_
-from stac_optimizer.rule.wholes import Factors, Norms, Wholes
 from stac_optimizer.tensors import codes, rounding
 from stac_optimizer.tensors.layouts import indices_by_device_and_dtype
 from stac_optimizer.tensors.precision import arithmetic_dtype, arithmetic_lr, unscaled

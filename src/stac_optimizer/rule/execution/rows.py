@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stac_optimizer.distributed.shards import row_sums_over_shards
-from stac_optimizer.rule.wholes import FEW
+from stac_optimizer.rule.execution.wholes import FEW
 from stac_optimizer.tensors.precision import widest_dtype
 from stac_optimizer.tensors.units.pieces import Unit
 

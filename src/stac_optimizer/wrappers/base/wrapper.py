@@ -22,8 +22,8 @@ from stac_optimizer.rule import Group
 from stac_optimizer.stepping.ambient import neutral
 from stac_optimizer.stepping.checks import only_makes_state
 from stac_optimizer.validation import Checker, mapping
-from stac_optimizer.wrappers.loading import Own, parted
-from stac_optimizer.wrappers.refusals import chain, is_closed_to_scalers, refuse_base, refuse_step
+from stac_optimizer.wrappers.base.loading import Own, parted
+from stac_optimizer.wrappers.base.refusals import chain, is_closed_to_scalers, refuse_base, refuse_step
 
 __all__ = ["Wrapper"]
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from stac_optimizer.groups.keys import STRUCTURE_KEYS
-from stac_optimizer.roles.guests import SHARED, Guest, dry, step_unseen, without_data
-from stac_optimizer.roles.object_graph import PLAIN, GraphReader, GraphWriter, package_of, path_of
+from stac_optimizer.roles.guests.guest import SHARED, Guest, dry, step_unseen, without_data
+from stac_optimizer.roles.guests.object_graph import PLAIN, GraphReader, GraphWriter, package_of, path_of
 from stac_optimizer.validation import mapping
 
 __all__ = ["OwnStateGuest", "guest_of", "keeps_own_state"]

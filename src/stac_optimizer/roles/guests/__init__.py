@@ -1,0 +1,1 @@
+"""Foreign optimizers in a role."""
