@@ -48,7 +48,8 @@ def main() -> None:
     installed = Path(sysconfig.get_path("purelib")).resolve()
     loaded = Path(stac_optimizer.__file__).resolve()
     check(loaded.is_relative_to(installed), f"stac_optimizer comes from {installed}, not {loaded}")
-    check(importlib.resources.files("stac_optimizer").joinpath("py.typed").is_file(), "py.typed is in the package")
+    for name in ("py.typed", "optim/signum/fused/cpu_kernels.cpp"):
+        check(importlib.resources.files("stac_optimizer").joinpath(name).is_file(), f"{name} is in the package")
     version = importlib.metadata.version("stac-optimizer")
     check(stac_optimizer.__version__ == version, f"__version__ is {version!r}, as in the wheel's metadata")
 

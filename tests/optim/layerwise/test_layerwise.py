@@ -146,7 +146,7 @@ def test_steps_whose_counters_are_not_read_agree(case: RuleCase, monkeypatch: py
     for seed in range(7):
         step_with(optimizers[0], read, random_gradients(read, seed))
         with monkeypatch.context() as patch:
-            for module in ("rule.moments", "rule.parts", "optim.layerwise.ralars", "optim.layerwise.lars"):
+            for module in ("rule.moments", "rule.execution.parts", "optim.layerwise.ralars", "optim.layerwise.lars"):
                 patch.setattr(f"stac_optimizer.{module}.known_counts", lambda steps: None)
             step_with(optimizers[1], unread, random_gradients(unread, seed))
     for name, param in read.items():
