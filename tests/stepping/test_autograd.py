@@ -25,7 +25,7 @@ Params = Mapping[str, nn.Parameter]
 
 
 def parameters_of_all_sizes(dtype: torch.dtype) -> dict[str, nn.Parameter]:
-    """What is packed, compiled, compiled but for a rest, and cut into blocks, in every layout."""
+    """What is packed, and what is cut into blocks, in every layout."""
     sizes = {"rows": (300, 128), "rest": (20001,), "blocks": (1024, 600)}
     return zoo(dtype) | {name: nn.Parameter(torch.randn(size).to(dtype)) for name, size in sizes.items()}
 

@@ -85,6 +85,25 @@ def test_incomplete_library_is_made_anew(source: Path, tmp_path: Path) -> None:
     assert library.stat().st_size > 1000
 
 
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="files have no owners here")
+@pytest.mark.parametrize("mode", [0o777, 0o720])
+def test_folder_that_others_may_write_to_is_not_trusted(source: Path, tmp_path: Path, mode: int) -> None:
+    assert answers_of_processes(source, 1) == ["8"]
+    (library,) = kept(tmp_path)
+    library.write_bytes(b"somebody else's")
+    library.parent.chmod(mode)
+    assert answer(source, 8) == 8
+    assert library.read_bytes() == b"somebody else's"
+
+
+def test_relative_cache_folder_is_none(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert answer(source, 9) == 9
+    assert [path.name for path in tmp_path.iterdir()] == ["answer.cpp", ".cache"] or not (tmp_path / "cache").exists()
+
+
 def fails() -> Path:
     raise RuntimeError("Could not determine home directory.")
 

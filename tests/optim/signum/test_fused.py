@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,9 @@ VARIANTS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
 @pytest.fixture(autouse=True)
 def _nothing_warned() -> Iterator[None]:
     """What other tests warned of may be warned of anew."""
-    cpu._warn_once.cache_clear()
+    cpu.WARNED.clear()
     yield
-    cpu._warn_once.cache_clear()
+    cpu.WARNED.clear()
 
 
 def weights(dtype: torch.dtype, *, more: int = 0) -> dict[str, nn.Parameter]:
@@ -269,6 +270,138 @@ def test_default_device_of_tensors_does_not_matter() -> None:
     assert_same_runs(default, fused)
 
 
+def test_masked_steps_from_negative_zero() -> None:
+    """Whose sign the product of a step with its mask may turn."""
+    weights_after = []
+    for fused in (None, True):
+        param = nn.Parameter(torch.full((300,), -0.0))
+        optimizer = Signum([param], lr=0.1, cautious=True, fused=fused)
+        param.grad = -torch.ones(300)
+        optimizer.step()
+        with torch.no_grad():
+            param.fill_(-0.0)
+        optimizer.state[param]["exp_avg"].copy_(torch.linspace(-1, 1, 300))
+        param.grad = torch.full((300,), 0.01)
+        optimizer.step()
+        weights_after.append(param.detach())
+    assert_same_bits(weights_after[1], weights_after[0])
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "shape", "arguments"),
+    [
+        pytest.param(torch.float32, (), {"weight_decay": 0.1}, id="scalar"),
+        pytest.param(torch.float64, (40,), {"momentum": 0.0}, id="narrow-gradient"),
+        pytest.param(torch.float64, (40,), {"state_dtype": torch.bfloat16}, id="narrow-average"),
+    ],
+)
+def test_learning_rates_as_tensors_of_double_precision(
+    dtype: torch.dtype, shape: tuple[int, ...], arguments: dict[str, Any], foreach: bool
+) -> None:
+    """Of two tensors without dimensions torch computes the product in the wider dtype."""
+    if dtype == torch.float64 and not hasattr(nn.Parameter, "grad_dtype"):
+        pytest.skip("this torch wants gradients of the weight's dtype")
+    after = []
+    paths: tuple[dict[str, Any], ...] = ({"foreach": foreach}, {"fused": True})
+    for flags in paths:
+        param: Any = nn.Parameter(torch.full(shape, 0.2, dtype=dtype))
+        lr = torch.tensor(0.17, dtype=torch.float64)
+        optimizer = Signum([param], lr=lr if "fused" in flags or not foreach else 0.17, **arguments, **flags)
+        if dtype == torch.float64:
+            param.grad_dtype = torch.float32
+        param.grad = torch.ones(shape)
+        optimizer.step()
+        after.append(param.detach())
+    assert_same_bits(after[1], after[0])
+
+
+def held_by(optimizer: Signum, param: nn.Parameter) -> dict[str, Tensor]:
+    return {key: tensor.clone() for key, tensor in optimizer.state[param].items() if not tensor.is_meta}
+
+
+# What a user may do to a parameter of 8 x 128, or to its state, between two steps.
+MISFITS: dict[str, tuple[dict[str, Any], Callable[[nn.Parameter, dict[str, Tensor]], Any]]] = {
+    "larger-weight": ({}, lambda param, _: replace(param, torch.ones(99, 128))),
+    "other-shape": ({}, lambda param, _: replace(param, torch.ones(128, 8))),
+    "smaller-average": ({}, lambda _, state: state.update(exp_avg=torch.zeros(3))),
+    "average-elsewhere": ({}, lambda _, state: state.update(exp_avg=state["exp_avg"].to("meta"))),
+    "larger-weight-int8": ({"state_dtype": "int8"}, lambda param, _: replace(param, torch.ones(99, 128))),
+    "fewer-scales": ({"state_dtype": "int8"}, lambda _, state: state.update(exp_avg_scale=torch.ones(1, 1))),
+    "more-scales": ({"state_dtype": "int8"}, lambda _, state: state.update(exp_avg_scale=torch.ones(80, 10))),
+    "scales-elsewhere": (
+        {"state_dtype": "int8"},
+        lambda _, state: state.update(exp_avg_scale=state["exp_avg_scale"].to("meta")),
+    ),
+    "scales-in-bfloat16": (
+        {"state_dtype": "int8"},
+        lambda _, state: state.update(exp_avg_scale=state["exp_avg_scale"].bfloat16()),
+    ),
+    "codes-for-doubles": ({"state_dtype": "int8"}, lambda param, _: replace(param, torch.ones(8, 128).double())),
+    "codes-without-scales": ({"state_dtype": "int8"}, lambda _, state: state.pop("exp_avg_scale")),
+    "no-memory": ({}, lambda param, _: setattr(param, "grad", torch._efficientzerotensor((8, 128)))),
+}
+
+
+def replace(param: nn.Parameter, value: Tensor) -> None:
+    param.grad = None
+    param.data = value
+    param.grad = torch.ones_like(value)
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_what_does_not_belong_together_is_not_walked(name: str) -> None:
+    """A kernel would read and write beside it. The default path refuses it, or makes the best of it."""
+    arguments, change = MISFITS[name]
+    outcomes: list[tuple[type[Exception] | None, Tensor, dict[str, Tensor]]] = []
+    for fused in (None, True):
+        param = nn.Parameter(torch.linspace(-1, 1, 1024).view(8, 128))
+        optimizer = Signum([param], lr=0.1, fused=fused, **arguments)
+        param.grad = torch.linspace(2, -1, 1024).view(8, 128)
+        optimizer.step()
+        change(param, optimizer.state[param])
+        if name == "codes-without-scales":
+            optimizer.param_groups[0]["state_dtype"] = None
+        raised: type[Exception] | None = None
+        try:
+            optimizer.step()
+        except (RuntimeError, NotImplementedError) as error:
+            raised = type(error)
+        outcomes.append((raised, param.detach(), held_by(optimizer, param)))
+    default, kernel = outcomes
+    assert kernel[0] is default[0]
+    assert_same_bits(kernel[1:], default[1:])
+
+
+def test_scales_that_a_checkpoint_brings_in_another_dtype() -> None:
+    steps = []
+    for fused in (None, True):
+        param = nn.Parameter(torch.linspace(-1, 1, 512).view(4, 128))
+        optimizer = Signum([param], lr=0.1, state_dtype="int8", fused=fused)
+        param.grad = torch.linspace(2, -1, 512).view(4, 128)
+        optimizer.step()
+        saved = optimizer.state_dict()
+        saved["state"][0]["exp_avg_scale"] = saved["state"][0]["exp_avg_scale"].bfloat16()
+        optimizer.load_state_dict(saved)
+        for _ in range(3):
+            optimizer.step()
+        steps.append((param.detach(), held_by(optimizer, param)))
+    assert_same_bits(steps[1], steps[0])
+
+
+@pytest.mark.parametrize("numel", [200, 20_000])
+def test_parameters_that_share_memory_step_one_after_the_other(numel: int) -> None:
+    flags: tuple[dict[str, Any], ...] = ({}, {"cautious": True}, {"fused": True})
+    for arguments in flags:
+        buffer = torch.zeros(numel)
+        params = [nn.Parameter(buffer), nn.Parameter(buffer)]
+        optimizer = Signum(params, lr=1.0, **arguments)
+        for param in params:
+            param.grad = torch.ones(numel)
+        optimizer.step()
+        assert (buffer == -2).all(), arguments
+
+
 def assert_falls_back(dtypes: tuple[torch.dtype, ...]) -> str:
     """That all dtypes step as by default, with one warning; which is returned."""
     with warnings.catch_warnings(record=True) as caught:
@@ -300,15 +433,44 @@ def test_machine_without_a_compiler_falls_back_with_one_warning(monkeypatch: pyt
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")
     message = assert_falls_back((torch.float32, torch.bfloat16))
-    assert "could not be compiled (no C++ compiler: c++, g++, clang++ is not on the path)" in message
+    assert "could not be compiled and loaded (no C++ compiler: c++, g++, clang++ is not on the path)" in message
+
+
+# Commands in place of a compiler, and what the warning says of them.
+BROKEN = {
+    "raise SystemExit('error: no C++ here')": "error: no C++ here",
+    "import sys; sys.stderr.buffer.write(b'error: \\xe9'); sys.exit(1)": "error: \ufffd",
+    "pass": "No such file",
+    "import sys; '-o' in sys.argv and open(sys.argv[-1], 'w').write('no library')": "",
+}
 
 
 @pytest.mark.usefixtures("_nothing_compiled")
-def test_compiler_that_fails_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here one that knows no C++; its first complaint is told, and nothing is kept."""
-    monkeypatch.setenv("CXX", f"{sys.executable} -c 'raise SystemExit(\"error: no C++ here\")'")
-    message = assert_falls_back((torch.float32,))
-    assert "error: no C++ here" in message
+@pytest.mark.parametrize("program", BROKEN)
+def test_compiler_that_fails_falls_back_with_one_warning(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first complaint is told, and nothing is left behind."""
+    monkeypatch.setenv("CXX", shlex.join([sys.executable, "-c", program]))
+    assert BROKEN[program] in assert_falls_back((torch.float32, torch.bfloat16))
     folder = building._cache_folder()
     assert folder is not None
-    assert not list(folder.iterdir())
+    assert all(path.suffix == ".so" for path in folder.iterdir())
+
+
+@pytest.mark.usefixtures("_nothing_compiled")
+def test_compiler_that_is_no_command_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "'g++")
+    assert "is no command: No closing quotation" in assert_falls_back((torch.float32,))
+
+
+@pytest.mark.usefixtures("_nothing_compiled")
+def test_options_that_the_environment_adds_leave_arithmetic_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library linked with fast mathematics would also flush subnormals, of the whole process."""
+    monkeypatch.setenv("CXX", shlex.join([*building._compiler(), "-ffast-math"]))
+    params, fused_params = weights(torch.float32), weights(torch.float32)
+    default, fused = trunk_of(params), trunk_of(fused_params, fused=True)
+    for seed in range(3):
+        for held, optimizer in ((params, default), (fused_params, fused)):
+            give_gradients(held, seed)
+            optimizer.step()
+    assert_same_runs(default, fused)
+    assert torch.tensor(1e-40) * 0.5 > 0

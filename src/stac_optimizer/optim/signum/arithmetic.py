@@ -226,11 +226,12 @@ def move(
     """
     weight = upcast(param)
     if decay_factor is not None:
-        weight.mul_(decay_factor)
+        # A tensor in the weights' dtype: of two without dimensions the wider one's is computed in.
+        weight.mul_(decay_factor.to(weight.dtype) if isinstance(decay_factor, Tensor) else decay_factor)
     if not isinstance(lr, Tensor):
         weight.sub_(direction, alpha=lr)  # a pass less, and the same bits
     else:
-        weight.sub_(direction.mul_(lr))
+        weight.sub_(direction.to(weight.dtype).mul_(lr))
     if noise is None:
         downcast(weight, param)
     else:

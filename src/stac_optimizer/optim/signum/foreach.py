@@ -29,10 +29,13 @@ def multi_tensor(work: SignUpdate) -> None:
 def _multi_tensor_bucket(bucket: Lists, coefficients: Coefficients, *, maximize: bool) -> None:
     averages = _multi_tensor_average(bucket.grads, bucket.states, coefficients, maximize=maximize)
     weights = foreach_upcast(bucket.params)
-    if coefficients.decay_factor is not None:
-        torch._foreach_mul_(weights, coefficients.decay_factor)
+    decay_factor = coefficients.decay_factor
+    if decay_factor is not None:
+        decay_factor = decay_factor.to(weights[0].dtype) if isinstance(decay_factor, Tensor) else decay_factor
+        torch._foreach_mul_(weights, decay_factor)
     directions = list(torch._foreach_sign(averages))
     torch._foreach_add_(directions, averages, alpha=0)  # Note [Non-finite averages]
+    directions = foreach_upcast(directions, weights[0].dtype)
     torch._foreach_mul_(directions, coefficients.lr)
     torch._foreach_sub_(weights, directions)
     foreach_downcast(weights, bucket.params)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from stac_optimizer.tensors import codes
-from stac_optimizer.tensors.kinds import has_own_operations
+from stac_optimizer.tensors.kinds import PLAIN_TYPES, has_data, has_own_operations
 from stac_optimizer.tensors.layouts import has_layout_of, is_dense
 from stac_optimizer.tensors.units.coded_pieces import CodedRows, coded_parts
 from stac_optimizer.tensors.units.pieces import Lists, Piece, Tensors, Unit, is_recorded
@@ -77,6 +77,8 @@ def _packable(lists: Lists) -> dict[tuple[torch.dtype, ...], list[int]]:
     """Positions of small parameters that can share units, by dtypes; list by list, for there may be thousands."""
     if lists.scales is not None:
         return {}
+    if _share_memory(lists.params):  # of copies, one would be lost
+        return {}
     positions = [index for index, param in enumerate(lists.params) if param.numel() <= PACK_NUMEL and param.is_cpu]
     if not all(all(map(Tensor.is_contiguous, tensors)) for tensors in lists.flat()):
         positions = [index for index in positions if all(tensors[index].is_contiguous() for tensors in lists.flat())]
@@ -86,6 +88,12 @@ def _packable(lists: Lists) -> dict[tuple[torch.dtype, ...], list[int]]:
     for index in positions:
         packed.setdefault(tuple([tensors[index].dtype for tensors in lists.flat()]), []).append(index)
     return packed
+
+
+def _share_memory(params: Sequence[Tensor]) -> bool:
+    """Whether some of these begin at the same place."""
+    is_known = PLAIN_TYPES.issuperset(map(type, params)) and all(map(has_data, params[:1]))
+    return is_known and len(set(map(Tensor.data_ptr, params))) < len(params)
 
 
 def buckets(lists: Lists) -> Iterator[Lists]:

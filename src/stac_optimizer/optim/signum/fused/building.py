@@ -16,10 +16,11 @@ from pathlib import Path
 __all__ = ["load_library"]
 
 COMPILERS = ("c++", "g++", "clang++")
-# Each operation rounds once, and none is taken for finite. Without the next two, roots and comparisons would be called
-# or made one by one, for flags that nobody reads. The last lets loops say that they may become vectors.
+# Each operation rounds once, and none is taken for finite, whatever CXX says. Without the next two, roots and
+# comparisons would be called or made one by one, for flags that nobody reads. The last lets loops say that they may
+# become vectors.
 FLAGS = (
-    "-std=c++17", "-O3", "-shared", "-fPIC", "-w",
+    "-std=c++17", "-O3", "-shared", "-fPIC", "-w", "-fno-fast-math",
     "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd",
 )  # fmt: skip
 
@@ -32,32 +33,51 @@ def load_library(source: Path, macros: Mapping[str, str]) -> ctypes.CDLL:
         macros: names that it leaves open, and what they stand for.
 
     Raises:
-        OSError: there is no compiler, it finds a fault, or the library cannot be written or loaded.
+        OSError: there is no compiler, it fails, or the library cannot be written or loaded.
     """
     compiler = _compiler()
     target, predefined = _target(compiler)
-    command = [*compiler, *FLAGS, *target, *(f"-D{name}={value}" for name, value in macros.items())]
+    command = [*compiler, *FLAGS, *target, *(f"-D{name}={value}" for name, value in macros.items()), str(source)]
     # A folder may be shared by machines of other CPUs and compilers, which the predefined macros tell apart.
-    said = "\0".join([*command, predefined, source.read_text(encoding="utf-8")])
-    name = f"{source.stem}-{hashlib.sha256(said.encode()).hexdigest()[:32]}.so"
+    said = "\0".join([*command[:-1], predefined, source.read_text(encoding="utf-8")])
+    name = f"{source.stem}-{hashlib.sha256(said.encode(errors='replace')).hexdigest()[:32]}.so"
     folder = _cache_folder()
-    if folder is not None and (folder / name).exists():
-        with contextlib.suppress(OSError):  # one that a crash of the machine left incomplete is made anew
-            return ctypes.CDLL(str(folder / name))
-    # Elsewhere first, for others may be looking for it, or compiling it too. Once loaded it needs no file.
-    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as scratch:
-        made = Path(scratch) / name
-        _run([*command, str(source), "-o", str(made)])
-        return ctypes.CDLL(str(made if folder is None else made.replace(folder / name)))
+    if folder is not None:
+        with contextlib.suppress(OSError):  # where nothing may be written, or executed
+            return _kept(command, folder / name)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        return ctypes.CDLL(str(_made(command, Path(scratch) / name)))
+
+
+def _kept(command: Sequence[str], path: Path) -> ctypes.CDLL:
+    """Load the library of this path, and make it first where it is not there, or broken."""
+    if path.exists():
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(str(path))
+        path.unlink()
+    with tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as scratch:
+        made = _made(command, Path(scratch) / path.name)
+        if not path.exists():  # which others may have made meanwhile, and have loaded
+            made.replace(path)
+    return ctypes.CDLL(str(path))
+
+
+def _made(command: Sequence[str], path: Path) -> Path:
+    """Compile into this path, all of it on the disk."""
+    _run([*command, "-o", str(path)])
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+    return path
 
 
 def _run(command: Sequence[str]) -> str:
     """What a compiler prints; an OSError with its first complaint where it fails."""
-    ran = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    ran = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    complaints = ran.stderr.decode(errors="replace").splitlines()
     if ran.returncode:
-        complaints = [line.strip() for line in ran.stderr.splitlines() if "error" in line] or ran.stderr.splitlines()
-        raise OSError(f"{command[0]} failed: {complaints[0] if complaints else f'exit status {ran.returncode}'}")
-    return ran.stdout
+        first = [line.strip() for line in complaints if "error" in line] or complaints
+        raise OSError(f"{command[0]} failed: {first[0] if first else f'exit status {ran.returncode}'}")
+    return ran.stdout.decode(errors="replace")
 
 
 def _target(compiler: Sequence[str]) -> tuple[list[str], str]:
@@ -71,7 +91,10 @@ def _target(compiler: Sequence[str]) -> tuple[list[str], str]:
 
 def _compiler() -> list[str]:
     """The command of the C++ compiler: what the environment names, else the first that is there."""
-    named = shlex.split(os.environ.get("CXX", ""))
+    try:
+        named = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise OSError(f"CXX={os.environ['CXX']!r} is no command: {error}") from error
     for words in [named] if named else [[name] for name in COMPILERS]:
         if shutil.which(words[0]):
             return words
@@ -79,12 +102,13 @@ def _compiler() -> list[str]:
 
 
 def _cache_folder() -> Path | None:
-    """Where libraries are kept; None where the user has no folder to write to."""
+    """Where libraries are kept; None where the user has no such folder, or others may write to it."""
     try:
-        base = os.environ.get("XDG_CACHE_HOME")
-        folder = (Path(base) if base else Path.home() / ".cache") / "stac_optimizer"
+        base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        folder = (base if base.is_absolute() else Path.home() / ".cache") / "stac_optimizer"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except (OSError, RuntimeError):
+        found = folder.lstat()
+    except (OSError, RuntimeError, ValueError):
         return None
+    is_own = not hasattr(os, "getuid") or (found.st_uid == os.getuid() and not found.st_mode & 0o022)
+    return folder if is_own else None

@@ -93,29 +93,33 @@ def _kernels(param: torch.dtype, grad: torch.dtype, average: torch.dtype | None)
         library = load_library(Path(__file__).with_name("cpu_kernels.cpp"), named)
     except KeyError:  # of a dtype that torch's operations alone know
         return None
-    except OSError as error:
-        _warn_once(
-            f"fused=True: Signum's kernel for the CPU could not be compiled ({error}); the default path runs instead, "
-            "with the same results. It needs a C++ compiler, such as g++ or clang++, which CXX may name"
-        )
+    except (OSError, ValueError) as error:
+        _warn_of(error)
         return None
     return CPUKernels(Walk(("count_passing", library)), Walk(("update", library)))
 
 
-_warn_once = functools.cache(warn)
+WARNED: list[Exception] = []
+
+
+def _warn_of(error: Exception) -> None:
+    """Once, for the next dtypes fail alike."""
+    if not WARNED:
+        warn(
+            f"fused=True: Signum's kernel for the CPU could not be compiled and loaded ({error}); the default path "
+            "runs instead, with the same results. It needs a C++ compiler, such as g++ or clang++, which CXX may name"
+        )
+    WARNED.append(error)
 
 
 def step_on_cpu(work: SignUpdate, kernels: CPUKernels) -> None:
     """Update parameters of one dtype, whose tensors lie in memory alike and without gaps."""
     lists = work.lists
     numels = [param.numel() for param in lists.params]
-    if lists.scales is None:
-        columns, blocks = numels, [-(-numel // codes.BLOCK) for numel in numels]
-    else:
-        columns, blocks = (
-            [codes.matrix_shape(param)[1] for param in lists.params],
-            list(map(Tensor.numel, lists.scales)),
-        )
+    columns, blocks = numels, [-(-numel // codes.BLOCK) for numel in numels]
+    if lists.scales is not None:
+        columns = [codes.matrix_shape(param)[1] for param in lists.params]
+        blocks = list(map(Tensor.numel, lists.scales))
     held = _Held()
     coefficients = work.coefficients(CPU)
     given = _Work(

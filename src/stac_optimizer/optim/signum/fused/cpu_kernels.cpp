@@ -11,6 +11,8 @@
 #include <cstring>
 #include <type_traits>
 
+static_assert(sizeof(void*) == sizeof(int64_t), "addresses come as 64-bit integers");
+
 namespace {
 
 struct bfloat16 {
@@ -86,7 +88,9 @@ constexpr int BLOCK = 128;
 constexpr float LEVELS = 127 * 127, LEAST_SCALE = 1e-30f, CHANCE_PARTS = 1 << 13;
 constexpr uint32_t PLACES = 79, REST_BITS = 6;
 
-template <class Wide, class Held> void encode(const Wide*, Held*, int, float*, uint32_t) {}
+template <class Wide, class Held> void encode(const Wide*, Held*, int, float*, uint32_t) {
+  static_assert(!std::is_same_v<Held, codes>, "codes are computed in float");
+}
 void encode(const float* averages, codes* stored, int count, float* scale, uint32_t noise) {
   uint32_t largest = 0;
 #pragma omp simd reduction(max : largest)
@@ -198,8 +202,8 @@ template <bool IS_MASKED, bool ROUNDS> void update_blocks(const Work& work, int6
       const uint32_t noise = ROUNDS ? noise_at(start + uint32_t(k), noise_seed) : 0;
       store<ROUNDS>(block.averages[k], average, noise);
       const Param step = average > 0 ? lr : average < 0 ? -lr : 0;
-      const Param masked = !IS_MASKED || passes(average, grad) ? step : 0;
-      const Param change = masked + Param(average * 0);  // Note [Non-finite averages]
+      const Param whole = step + Param(average * 0);  // Note [Non-finite averages]
+      const Param change = !IS_MASKED || passes(average, grad) ? whole : whole * 0;  // which keeps NaN, and -0
       store<ROUNDS>(block.params[k], widen(block.params[k]) * decay_factor - change, noise >> 16);
     }
     encode(averages, block.averages, block.count, block.scale, noise_at(start, noise_seed));

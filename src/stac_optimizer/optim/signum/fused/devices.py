@@ -14,7 +14,7 @@ from stac_optimizer.optim.signum.arithmetic import LEAST_MASK_MEAN, SignUpdate
 from stac_optimizer.optim.signum.fused.cpu import kernels_for, step_on_cpu
 from stac_optimizer.optim.signum.single import single_tensor
 from stac_optimizer.rule import Group
-from stac_optimizer.tensors.codes import BLOCK, matrix_shape
+from stac_optimizer.tensors.codes import BLOCK, matrix_shape, scales_shape
 from stac_optimizer.tensors.kinds import PLAIN_TYPES, can_walk, has_data, has_own_operations
 from stac_optimizer.tensors.layouts import has_layout_of, in_layout_of, indices_by_device_and_dtype, is_dense
 from stac_optimizer.tensors.units.pieces import Tensors
@@ -60,24 +60,37 @@ def fused(work: SignUpdate) -> None:
 
 def by_cpp(work: SignUpdate) -> None:
     """Update parameters of one dtype on the CPU; those that kernels do not fit by torch's operations."""
-    kernels = kernels_for(work)
-    if kernels is None:
-        single_tensor(work)
-        return
-    # Asked list by list, for there may be thousands. Of DTensors none is.
-    lists = [*work.lists.flat(), work.lists.scales or ()]
-    if not all(map(_are_plain, lists)) or (work.group["cautious"] and not _are_plain(work.params)):
+    fitting: SignUpdate | None = work
+    if not _all_fit(work):
         held = map(work.lists.at, range(len(work.params)))
         fits = [_fits(each, each.flat(), param, work.group) for each, param in zip(held, work.params, strict=True)]
         fitting = _only_fitting(work, fits)
+    if fitting is None:
+        return
+    kernels = kernels_for(fitting)
+    if kernels is None:
+        single_tensor(fitting)
     else:
-        fitting = work
-    if fitting is not None:
         step_on_cpu(fitting, kernels)
 
 
-def _are_plain(tensors: Sequence[Tensor]) -> bool:
-    return PLAIN_TYPES.issuperset(map(type, tensors)) and all(map(Tensor.is_contiguous, tensors))
+def _all_fit(work: SignUpdate) -> bool:
+    """Whether all parameters, of one dtype, are such as most are: asked list by list, for there may be thousands."""
+    lists, held = work.lists, work.lists.flat()
+    if work.group["cautious"] and any(map(is_sharded, work.params)):
+        return False
+    are_plain = all(
+        tensors[0].is_cpu and PLAIN_TYPES.issuperset(map(type, tensors)) and all(map(Tensor.is_contiguous, tensors))
+        for tensors in held
+    )
+    shapes = [tensor.shape for tensor in lists.params]
+    are_alike = are_plain and all([tensor.shape for tensor in tensors] == shapes for tensors in held[1:])
+    if not (are_alike and all(map(Tensor.data_ptr, lists.grads))):
+        return False
+    dtypes = {tensors[0].dtype for tensors in held}
+    if lists.scales is None:
+        return torch.int8 not in dtypes
+    return WIDEST not in dtypes and all(map(_is_scale_of, lists.scales, lists.params))
 
 
 def _only_fitting(work: SignUpdate, fits: Sequence[bool]) -> SignUpdate | None:
@@ -90,12 +103,12 @@ def _only_fitting(work: SignUpdate, fits: Sequence[bool]) -> SignUpdate | None:
 
 def by_triton(work: SignUpdate) -> None:
     """Update parameters of one device and dtype in one launch; those that it does not fit by torch's operations."""
+    from stac_optimizer.optim.signum.fused.triton import fused_signum  # noqa: PLC0415 - triton is not everywhere
+
     fits = [fits_triton(work.lists.at(index), param, work.group) for index, param in enumerate(work.params)]
     fitting = _only_fitting(work, fits)
     if fitting is None:
         return
-    from stac_optimizer.optim.signum.fused.triton import fused_signum  # noqa: PLC0415 - triton is not everywhere
-
     work = fitting
     lists = work.lists
     device = lists.params[0].device
@@ -131,14 +144,28 @@ def fits_triton(tensors: Tensors, param: Tensor, group: Group) -> bool:
 
 
 def _fits(tensors: Tensors, walked: Sequence[Tensor], param: Tensor, group: Group) -> bool:
-    """Whether kernels can walk the memory of these, element for element; means over shards are none of theirs."""
+    """Whether kernels, which ask nothing themselves, can walk the memory of these, element for element.
+
+    What does not belong together is left to torch's operations, which say so. Means over shards are none of a kernel's.
+    """
+    local = tensors.param
     if (group["cautious"] and is_sharded(param)) or not all(map(has_data, walked)):
         return False
-    if any(map(has_own_operations, walked)):
+    if any(has_own_operations(tensor) or tensor.device != local.device for tensor in walked):
         return False
-    if tensors.scale is not None:
-        return all(map(Tensor.is_contiguous, [*walked, tensors.scale]))
-    return is_dense(tensors.param) and all(has_layout_of(tensor, tensors.param) for tensor in walked)
+    if not all(tensor.shape == local.shape and (tensor.data_ptr() or not tensor.numel()) for tensor in walked):
+        return False
+    if tensors.scale is not None:  # and all is computed in float32
+        is_single = all(tensor.dtype != WIDEST and tensor.is_contiguous() for tensor in walked)
+        return is_single and _is_scale_of(tensors.scale, local)
+    is_coded = any(tensor.dtype == torch.int8 for tensor in tensors.state)
+    return not is_coded and is_dense(local) and all(has_layout_of(tensor, local) for tensor in walked)
+
+
+def _is_scale_of(scale: Tensor, local: Tensor) -> bool:
+    """Whether a kernel finds a scale for each block of a parameter's codes."""
+    is_whole = scale.shape == scales_shape(local) and scale.is_contiguous()
+    return is_whole and scale.dtype == torch.float32 and scale.device == local.device
 
 
 def _is_wider(tensors: Sequence[Tensor], param: Tensor) -> bool:
