@@ -56,6 +56,18 @@ def test_large_tensors_are_cut_and_small_ones_packed(monkeypatch: pytest.MonkeyP
 
 
 @torch.no_grad()
+def test_what_shares_memory_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Empty ones share none, however many there are."""
+    set_units(monkeypatch, block=15, pack=10)
+    params = [torch.ones(3), *(torch.empty(0) for _ in range(5)), torch.ones(4)]
+    grads = [torch.ones_like(param) for param in params]
+    assert numels(Lists(params, grads)) == [((3, 0, 0, 0, 0, 0, 4), [7])]
+    params.append(params[0].view(1, 3))
+    grads.append(torch.ones(1, 3))
+    assert numels(Lists(params, grads)) == [((), [param.numel()]) for param in params]
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("numel", [None, LARGE])
 def test_tensors_of_mixed_layouts_are_sliced_and_each_piece_knows_its_elements(
     numel: int | None, monkeypatch: pytest.MonkeyPatch

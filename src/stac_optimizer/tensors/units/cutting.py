@@ -91,9 +91,11 @@ def _packable(lists: Lists) -> dict[tuple[torch.dtype, ...], list[int]]:
 
 
 def _share_memory(params: Sequence[Tensor]) -> bool:
-    """Whether some of these begin at the same place."""
-    is_known = PLAIN_TYPES.issuperset(map(type, params)) and all(map(has_data, params[:1]))
-    return is_known and len(set(map(Tensor.data_ptr, params))) < len(params)
+    """Whether some of these begin at the same place. Empty ones, of which ranks may hold many, are nowhere."""
+    if not (PLAIN_TYPES.issuperset(map(type, params)) and all(map(has_data, params[:1]))):
+        return False
+    addresses = list(map(Tensor.data_ptr, params))
+    return len(set(addresses)) < len(addresses) - max(0, addresses.count(0) - 1)
 
 
 def buckets(lists: Lists) -> Iterator[Lists]:

@@ -85,7 +85,7 @@ def _all_fit(work: SignUpdate) -> bool:
     )
     shapes = [tensor.shape for tensor in lists.params]
     are_alike = are_plain and all([tensor.shape for tensor in tensors] == shapes for tensors in held[1:])
-    if not (are_alike and all(map(Tensor.data_ptr, lists.grads))):
+    if not (are_alike and all(grad.data_ptr() or not grad.numel() for grad in lists.grads)):
         return False
     dtypes = {tensors[0].dtype for tensors in held}
     if lists.scales is None:
