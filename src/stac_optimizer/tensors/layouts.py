@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["has_layout_of", "in_layout_of", "indices_by_device_and_dtype", "is_dense", "real_views"]
+__all__ = ["has_layout_of", "in_layout_of", "indices_by_device_and_dtype", "is_dense", "overlap", "real_views"]
 
 
 def indices_by_device_and_dtype(tensorlists: Sequence[Sequence[Tensor]]) -> list[list[int]]:
@@ -56,3 +56,26 @@ def is_dense(tensor: Tensor) -> bool:
             return tensor.numel() == 0
         expected *= size
     return True
+
+
+def overlap(tensors: Sequence[Tensor]) -> set[int]:
+    """The positions of those that may share memory with others."""
+    spans = sorted([(tensor.data_ptr(), _extent(tensor), index) for index, tensor in enumerate(tensors)])
+    found: set[int] = set()
+    end, last = 0, -1  # the farthest that one of them reaches
+    for begin, extent, index in spans:
+        if extent and begin < end:
+            found |= {last, index}
+        if begin + extent > end:
+            end, last = begin + extent, index
+    return found
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first of a tensor's elements to the end of its last."""
+    if tensor.is_contiguous():
+        return tensor.numel() * tensor.element_size()
+    if not tensor.numel():
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()

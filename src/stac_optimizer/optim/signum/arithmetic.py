@@ -231,7 +231,7 @@ def move(
     if not isinstance(lr, Tensor):
         weight.sub_(direction, alpha=lr)  # a pass less, and the same bits
     else:
-        weight.sub_(direction.to(weight.dtype).mul_(lr))
+        weight.sub_(direction.to(torch.promote_types(direction.dtype, weight.dtype)).mul_(lr))
     if noise is None:
         downcast(weight, param)
     else:

@@ -35,7 +35,7 @@ def _multi_tensor_bucket(bucket: Lists, coefficients: Coefficients, *, maximize:
         torch._foreach_mul_(weights, decay_factor)
     directions = list(torch._foreach_sign(averages))
     torch._foreach_add_(directions, averages, alpha=0)  # Note [Non-finite averages]
-    directions = foreach_upcast(directions, weights[0].dtype)
+    directions = foreach_upcast(directions, torch.promote_types(directions[0].dtype, weights[0].dtype))
     torch._foreach_mul_(directions, coefficients.lr)
     torch._foreach_sub_(weights, directions)
     foreach_downcast(weights, bucket.params)

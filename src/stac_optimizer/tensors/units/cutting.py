@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stac_optimizer.tensors import codes
 from stac_optimizer.tensors.kinds import PLAIN_TYPES, has_data, has_own_operations
-from stac_optimizer.tensors.layouts import has_layout_of, is_dense
+from stac_optimizer.tensors.layouts import has_layout_of, is_dense, overlap
 from stac_optimizer.tensors.units.coded_pieces import CodedRows, coded_parts
 from stac_optimizer.tensors.units.pieces import Lists, Piece, Tensors, Unit, is_recorded
 
@@ -77,25 +77,19 @@ def _packable(lists: Lists) -> dict[tuple[torch.dtype, ...], list[int]]:
     """Positions of small parameters that can share units, by dtypes; list by list, for there may be thousands."""
     if lists.scales is not None:
         return {}
-    if _share_memory(lists.params):  # of copies, one would be lost
-        return {}
     positions = [index for index, param in enumerate(lists.params) if param.numel() <= PACK_NUMEL and param.is_cpu]
     if not all(all(map(Tensor.is_contiguous, tensors)) for tensors in lists.flat()):
         positions = [index for index in positions if all(tensors[index].is_contiguous() for tensors in lists.flat())]
+    small = [lists.params[index] for index in positions]
+    if PLAIN_TYPES.issuperset(map(type, small)) and all(map(has_data, small[:1])):
+        for place in sorted(overlap(small), reverse=True):  # of two copies, what is written to one would be lost
+            del positions[place]
     if all(len({tensor.dtype for tensor in tensors}) == 1 for tensors in lists.flat()):
         return {(): positions}
     packed: dict[tuple[torch.dtype, ...], list[int]] = {}
     for index in positions:
         packed.setdefault(tuple([tensors[index].dtype for tensors in lists.flat()]), []).append(index)
     return packed
-
-
-def _share_memory(params: Sequence[Tensor]) -> bool:
-    """Whether some of these begin at the same place. Empty ones, of which ranks may hold many, are nowhere."""
-    if not (PLAIN_TYPES.issuperset(map(type, params)) and all(map(has_data, params[:1]))):
-        return False
-    addresses = list(map(Tensor.data_ptr, params))
-    return len(set(addresses)) < len(addresses) - max(0, addresses.count(0) - 1)
 
 
 def buckets(lists: Lists) -> Iterator[Lists]:

@@ -15,13 +15,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from stac_optimizer.tensors.kinds import PLAIN_TYPES
+from stac_optimizer.tensors.layouts import overlap
 from stac_optimizer.tensors.scratch import Scratch
 from stac_optimizer.tensors.torch_private import has_dispatch_modes, has_function_modes
 from stac_optimizer.tensors.units import cutting
@@ -101,21 +101,7 @@ def threads_for(lists: Sequence[Sequence[Tensor]]) -> int:
     are_plain = all(
         PLAIN_TYPES.issuperset(map(type, tensors)) and all(tensor.is_cpu for tensor in tensors) for tensors in lists
     )
-    return threads if are_plain and _is_thread_local() and not _overlap(lists[0]) else 1
-
-
-def _overlap(tensors: Sequence[Tensor]) -> bool:
-    """Whether some of these may share memory."""
-    spans = sorted((tensor.data_ptr(), tensor.data_ptr() + _extent(tensor)) for tensor in tensors)
-    return any(begin < end for (_, end), (begin, _) in pairwise(spans))
-
-
-def _extent(tensor: Tensor) -> int:
-    """Bytes from the first of a tensor's elements to the end of its last."""
-    if tensor.is_contiguous():
-        return tensor.nbytes
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()
+    return threads if are_plain and _is_thread_local() and not overlap(lists[0]) else 1
 
 
 def run_all(tasks: Sequence[Task], shared: Shares) -> None:

@@ -16,12 +16,13 @@ from pathlib import Path
 __all__ = ["load_library"]
 
 COMPILERS = ("c++", "g++", "clang++")
-# Each operation rounds once, and none is taken for finite, whatever CXX says. Without the next two, roots and
-# comparisons would be called or made one by one, for flags that nobody reads. The last lets loops say that they may
-# become vectors.
+# Each operation rounds once, and none is taken for finite, also where CXX asks for fast ones, which would change the
+# whole process. Without the next two, roots and comparisons would be called or made one by one, for flags that nobody
+# reads. The last lets loops say that they may become vectors.
 FLAGS = (
-    "-std=c++17", "-O3", "-shared", "-fPIC", "-w", "-fno-fast-math",
-    "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd",
+    "-std=c++17", "-O3", "-shared", "-fPIC", "-fvisibility=default", "-w",
+    "-fno-fast-math", "-fno-unsafe-math-optimizations", "-fno-finite-math-only", "-fsigned-zeros", "-ffp-contract=off",
+    "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd",
 )  # fmt: skip
 
 
@@ -42,32 +43,38 @@ def load_library(source: Path, macros: Mapping[str, str]) -> ctypes.CDLL:
     said = "\0".join([*command[:-1], predefined, source.read_text(encoding="utf-8")])
     name = f"{source.stem}-{hashlib.sha256(said.encode(errors='replace')).hexdigest()[:32]}.so"
     folder = _cache_folder()
-    if folder is not None:
-        with contextlib.suppress(OSError):  # where nothing may be written, or executed
-            return _kept(command, folder / name)
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        return ctypes.CDLL(str(_made(command, Path(scratch) / name)))
-
-
-def _kept(command: Sequence[str], path: Path) -> ctypes.CDLL:
-    """Load the library of this path, and make it first where it is not there, or broken."""
-    if path.exists():
+    kept = None if folder is None else folder / name
+    if kept is not None and kept.exists():
         with contextlib.suppress(OSError):
-            return ctypes.CDLL(str(path))
-        path.unlink()
-    with tempfile.TemporaryDirectory(dir=path.parent, ignore_cleanup_errors=True) as scratch:
-        made = _made(command, Path(scratch) / path.name)
-        if not path.exists():  # which others may have made meanwhile, and have loaded
-            made.replace(path)
-    return ctypes.CDLL(str(path))
+            return _loaded(kept)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        made = Path(scratch) / name
+        _run([*command, "-o", str(made)])
+        if kept is not None:
+            with contextlib.suppress(OSError):  # where nothing may be written, or executed
+                _keep(made, kept)
+                return _loaded(kept)
+        return ctypes.CDLL(str(made))
 
 
-def _made(command: Sequence[str], path: Path) -> Path:
-    """Compile into this path, all of it on the disk."""
-    _run([*command, "-o", str(path)])
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-    return path
+def _keep(made: Path, kept: Path) -> None:
+    """Put a library among those that are kept, where no other process has meanwhile, and loaded it."""
+    with tempfile.TemporaryDirectory(dir=kept.parent, ignore_cleanup_errors=True) as beside:
+        copy = Path(beside) / kept.name
+        shutil.copy(made, copy)
+        with copy.open("rb+") as file:
+            os.fsync(file.fileno())  # whole, before it has its name
+        if not kept.exists():
+            copy.replace(kept)
+
+
+def _loaded(kept: Path) -> ctypes.CDLL:
+    """Load a library that is kept; one that cannot be loaded is not kept."""
+    try:
+        return ctypes.CDLL(str(kept))
+    except OSError:
+        kept.unlink(missing_ok=True)
+        raise
 
 
 def _run(command: Sequence[str]) -> str:
@@ -107,8 +114,8 @@ def _cache_folder() -> Path | None:
         base = Path(os.environ.get("XDG_CACHE_HOME", ""))
         folder = (base if base.is_absolute() else Path.home() / ".cache") / "stac_optimizer"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.lstat()
+        found = folder.stat()
     except (OSError, RuntimeError, ValueError):
         return None
     is_own = not hasattr(os, "getuid") or (found.st_uid == os.getuid() and not found.st_mode & 0o022)
-    return folder if is_own else None
+    return folder if is_own and folder.is_absolute() else None

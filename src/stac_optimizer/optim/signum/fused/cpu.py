@@ -91,12 +91,12 @@ def _kernels(param: torch.dtype, grad: torch.dtype, average: torch.dtype | None)
     try:
         named = {"PARAM": TYPES[param], "GRAD": TYPES[grad], "AVERAGE": TYPES[average]}
         library = load_library(Path(__file__).with_name("cpu_kernels.cpp"), named)
+        return CPUKernels(Walk(("count_passing", library)), Walk(("update", library)))
     except KeyError:  # of a dtype that torch's operations alone know
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         _warn_of(error)
         return None
-    return CPUKernels(Walk(("count_passing", library)), Walk(("update", library)))
 
 
 WARNED: list[Exception] = []

@@ -16,7 +16,13 @@ from stac_optimizer.optim.signum.single import single_tensor
 from stac_optimizer.rule import Group
 from stac_optimizer.tensors.codes import BLOCK, matrix_shape, scales_shape
 from stac_optimizer.tensors.kinds import PLAIN_TYPES, can_walk, has_data, has_own_operations
-from stac_optimizer.tensors.layouts import has_layout_of, in_layout_of, indices_by_device_and_dtype, is_dense
+from stac_optimizer.tensors.layouts import (
+    has_layout_of,
+    in_layout_of,
+    indices_by_device_and_dtype,
+    is_dense,
+    overlap,
+)
 from stac_optimizer.tensors.units.pieces import Tensors
 
 __all__ = ["fused", "has_fused", "skips_by_itself"]
@@ -62,6 +68,9 @@ def by_cpp(work: SignUpdate) -> None:
     """Update parameters of one dtype on the CPU; those that kernels do not fit by torch's operations."""
     fitting: SignUpdate | None = work
     if not _all_fit(work):
+        if overlap(work.lists.params):  # and so are to be updated in their order
+            single_tensor(work)
+            return
         held = map(work.lists.at, range(len(work.params)))
         fits = [_fits(each, each.flat(), param, work.group) for each, param in zip(held, work.params, strict=True)]
         fitting = _only_fitting(work, fits)
@@ -85,7 +94,7 @@ def _all_fit(work: SignUpdate) -> bool:
     )
     shapes = [tensor.shape for tensor in lists.params]
     are_alike = are_plain and all([tensor.shape for tensor in tensors] == shapes for tensors in held[1:])
-    if not (are_alike and all(grad.data_ptr() or not grad.numel() for grad in lists.grads)):
+    if not (are_alike and all(tensor.data_ptr() or not tensor.numel() for tensors in held for tensor in tensors)):
         return False
     dtypes = {tensors[0].dtype for tensors in held}
     if lists.scales is None:
