@@ -94,7 +94,7 @@ def _all_fit(work: SignUpdate) -> bool:
     )
     shapes = [tensor.shape for tensor in lists.params]
     are_alike = are_plain and all([tensor.shape for tensor in tensors] == shapes for tensors in held[1:])
-    if not (are_alike and all(tensor.data_ptr() or not tensor.numel() for tensors in held for tensor in tensors)):
+    if not (are_alike and all(map(_have_memory, held))):
         return False
     dtypes = {tensors[0].dtype for tensors in held}
     if lists.scales is None:
@@ -162,13 +162,17 @@ def _fits(tensors: Tensors, walked: Sequence[Tensor], param: Tensor, group: Grou
         return False
     if any(has_own_operations(tensor) or tensor.device != local.device for tensor in walked):
         return False
-    if not all(tensor.shape == local.shape and (tensor.data_ptr() or not tensor.numel()) for tensor in walked):
+    if not (all(tensor.shape == local.shape for tensor in walked) and _have_memory(walked)):
         return False
     if tensors.scale is not None:  # and all is computed in float32
         is_single = all(tensor.dtype != WIDEST and tensor.is_contiguous() for tensor in walked)
         return is_single and _is_scale_of(tensors.scale, local)
     is_coded = any(tensor.dtype == torch.int8 for tensor in tensors.state)
     return not is_coded and is_dense(local) and all(has_layout_of(tensor, local) for tensor in walked)
+
+
+def _have_memory(tensors: Sequence[Tensor]) -> bool:
+    return all(map(Tensor.data_ptr, tensors)) or all(tensor.data_ptr() or not tensor.numel() for tensor in tensors)
 
 
 def _is_scale_of(scale: Tensor, local: Tensor) -> bool:
