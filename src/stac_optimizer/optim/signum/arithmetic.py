@@ -1,4 +1,4 @@
-"""The arithmetic of the trunk's update on one piece of a weight. See ``rule.py`` for the rule.
+"""The arithmetic of the trunk's update on one piece of a weight. See ``signum.py`` for the rule.
 
 Note [Same operations on every path]. A difference in the last bit of m can flip a sign and so move a weight by 2 lr. So
 the paths run the same operations in the same order, and each operation is a single correctly rounded one:
